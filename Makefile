@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all set-up on a machine with Python 3.11+ and make; uv is used where it is present
+VENV   ?= .venv#   another one: make test VENV=.venv313 PYTHON=python3.13
+PYTHON ?=#         the interpreter of a new VENV; by default the first that is new enough
+FLAGS  ?=#         tests that are left out unless named: slow cuda
+ARGS   ?=#         arguments of the command that demo and bench run
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+LOG   := $(VENV)/notebooks.log
+
+# a PYTHON that is asked for is never passed over for the one that VENV has
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifneq (,$(and $(PYTHON),$(wildcard $(BIN)/python)))
+ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
+$(error $(VENV) has another Python than $(PYTHON): remove it or name another one, VENV=.venv2)
+endif
+endif
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
+
+demo: $(READY) ## train, rank, search and retrain on digits, and write runs/demo/report.html
+	@$(BIN)/kshot_demo $(ARGS)
+
+test: $(READY) ## all tests: the notebooks, then tests/; pytest has the last word on both
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --timing --flags "$(FLAGS)" 2>&1 | tee $(LOG)
+	@NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests --flags "$(FLAGS)"
+
+lab: $(READY) ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs
+
+bench: $(READY) ## what K supernets cost beside one
+	@$(BIN)/kshot_bench $(ARGS)
+
+readme: $(READY) ## README.md from nbs/index.ipynb
+	@$(BIN)/python tests/readme.py
+
+docs: readme ## the site in _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: https://quarto.org/docs/get-started' >&2; exit 2; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_docs
+
+setup: $(READY) ## only the set-up
+
+$(READY): settings.ini setup.py
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+	    for p in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	        py=`"$$p" -c 'import sys; print(sys.executable if sys.version_info >= (3, 11) else "")' 2>/dev/null` && [ -n "$$py" ] && break; done; \
+	    [ -n "$$py" ] || { echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python' >&2; exit 2; }; \
+	    echo "setting up $(VENV) with $$py: torch is large, this takes minutes on a slow line"; \
+	    if command -v uv >/dev/null; then uv venv -q --python "$$py" $(VENV); else "$$py" -m venv $(VENV) || { rm -rf $(VENV); exit 2; }; fi; \
+	fi; \
+	uv=`command -v uv` || { uv=$(BIN)/uv; [ -x $$uv ] || $(BIN)/python -m pip install -q uv; }; \
+	$$uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'; \
+	$(BIN)/python -c 'import torch, torchvision' || { echo 'torch and torchvision do not fit each other: remove $(VENV) and try again' >&2; exit 2; }; \
+	touch $@
+
+.PHONY: help demo test lab bench readme docs setup

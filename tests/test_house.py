@@ -1,0 +1,137 @@
+"The house rules that a machine can hold: rooms, imports, notebooks, export in sync"
+import ast, json, os, re, subprocess, sys
+from collections import Counter
+from itertools import takewhile
+from pathlib import Path
+from statistics import median
+
+import pytest
+import yaml
+from conftest import ROOT, copy_tree
+from nbdev.doclinks import nbglob
+
+NBS, LIB = ROOT/'nbs', ROOT/'kshot'
+MAX_LINES, MEDIAN_LINES, MAX_WIDTH = 45, 15, 140 # lines of an export cell, characters of a line
+ROOMS = {p.stem.partition('_')[2]: p for p in sorted(NBS.glob('[0-9]*.ipynb'))} # module -> its notebook
+NUMBER = {name: p.stem.partition('_')[0] for name,p in ROOMS.items()}
+PAGES = sorted(p for p in NBS.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(NBS).parts))
+MODULES = sorted(p for p in LIB.glob('*.py') if p.name[0] != '_')
+
+nb_name = lambda p: str(p.relative_to(NBS))
+each_room = pytest.mark.parametrize('room', ROOMS)
+each_module = pytest.mark.parametrize('module', MODULES, ids=lambda p: p.stem)
+
+def cells(
+    fname:Path,      # notebook
+    kind:str='code', # type of the cells
+) -> list[str]:
+    "Sources of a notebook's cells of one kind."
+    return [''.join(c['source']) for c in json.loads(fname.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+
+def directives(
+    src:str, # source of a code cell
+) -> list[str]:
+    "Names of the directives that open a cell."
+    return [w[0] for l in takewhile(lambda l: re.match(r'\s*#\s*\|', l), src.splitlines()) if (w := l.split('|', 1)[1].replace(':', ' ').split())]
+
+def exported(
+    fname:Path, # notebook
+) -> list[str]:
+    "Code of the cells that a notebook exports, without directives and blank lines."
+    found = [c for c in cells(fname) if {'export', 'exporti', 'exports'} & set(directives(c))]
+    return ['\n'.join(l for l in c.splitlines() if l.strip() and not re.match(r'\s*#\s*\|', l)) for c in found]
+
+def imports(
+    fname:Path, # module
+) -> set[str]:
+    "Modules of the package that a module imports anywhere, inside functions too."
+    tree, out = ast.parse(fname.read_text(encoding='utf-8')), set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import): names = [a.name for a in n.names]
+        elif isinstance(n, ast.ImportFrom):
+            base = 'kshot.' * bool(n.level) + (n.module or '')
+            names = [f'{base.rstrip(".")}.{a.name}' for a in n.names] if base.rstrip('.') == 'kshot' else [base]
+        else: continue
+        out |= {o.split('.')[1] for o in names if o.startswith('kshot.')}
+    return out - {'__version__'}
+
+def test_a_room_for_every_module():
+    assert sorted(ROOMS) == [m.stem for m in MODULES]
+    assert Counter(NUMBER.values()).most_common(1)[0][1] == 1, 'two rooms have one number'
+
+def test_only_modules_and_data_in_the_package():
+    assert {p.name for p in LIB.iterdir()} - {'__pycache__', 'data'} == {'__init__.py', '_modidx.py'} | {m.name for m in MODULES}
+    init = ast.parse((LIB/'__init__.py').read_text())
+    assert [t.id for n in init.body for t in n.targets] == ['__version__']
+
+@each_room
+def test_notebook_begins_as_all_do(room):
+    code, (title,*_) = cells(ROOMS[room]), cells(ROOMS[room], 'markdown')
+    assert code[0].strip() == f'#| default_exp {room}'
+    assert re.match(r'# .+\n\n> .+', title)
+    first = exported(ROOMS[room])[0]
+    assert all(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(first).body), 'the first export cell is for imports'
+
+@each_module
+def test_imports_go_down(module):
+    up = sorted(o for o in imports(module) if NUMBER[o] >= NUMBER[module.stem])
+    assert not up, f'{module.stem} ({NUMBER[module.stem]}) imports {up}'
+
+@each_module
+def test_no_star_import(module):
+    stars = [n.lineno for n in ast.walk(ast.parse(module.read_text())) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*']
+    assert not stars, f'line {stars}'
+
+@each_room
+def test_export_cells_are_short(room):
+    lines = [c.splitlines() for c in exported(ROOMS[room])]
+    long, wide = [c[0] for c in lines if len(c) > MAX_LINES], [l for c in lines for l in c if len(l) > MAX_WIDTH]
+    assert not long and not wide
+
+def test_most_export_cells_are_very_short():
+    assert median(len(c.splitlines()) for p in ROOMS.values() for c in exported(p)) <= MEDIAN_LINES
+
+@each_room
+def test_api_notebook_has_no_output(room):
+    nb = json.loads(ROOMS[room].read_text(encoding='utf-8'))
+    assert not [c['id'] for c in nb['cells'] if c.get('outputs') or c.get('execution_count')]
+
+@pytest.mark.parametrize('fname', [p for p in PAGES if p not in ROOMS.values()], ids=nb_name)
+def test_tutorial_is_light(fname): assert fname.stat().st_size < 300_000
+
+def test_one_quarto_yml():
+    assert [p for p in (ROOT/'_quarto.yml', NBS/'_quarto.yml') if not p.is_symlink()] == [ROOT/'_quarto.yml']
+    assert os.readlink(NBS/'_quarto.yml') == '../_quarto.yml'
+
+def test_sidebar_names_every_notebook_in_order():
+    def files(o):
+        if isinstance(o, str): return [o]
+        return [f for x in (o if isinstance(o, list) else o.get('contents', [])) for f in files(x)]
+    named = files(yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['sidebar']['contents'])
+    assert named == list(dict.fromkeys(named))
+    assert set(map(nb_name, PAGES)) <= set(named)
+    rooms = [f for f in named if f[0].isdigit()]
+    assert rooms == sorted(rooms)
+
+def test_export_is_in_sync(tmp_path):
+    tree = copy_tree(tmp_path/'tree')
+    for p in (tree/'kshot').glob('*.py'):
+        if p.name != '__init__.py': p.unlink()
+    env = {k:v for k,v in os.environ.items() if k != 'IN_TEST'} # with it nbdev_export does nothing
+    subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=tree, env=env, check=True)
+    text = lambda root: {p.name: p.read_text(encoding='utf-8') for p in (root/'kshot').glob('*.py')}
+    stale = {n for n,_ in text(tree).items() ^ text(ROOT).items()}
+    assert not stale, 'run `nbdev_export`'
+
+def test_nbdev_test_finds_every_notebook(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert sorted(map(Path.absolute, nbglob(as_path=True))) == PAGES
+    assert not list(NBS.rglob('.notest'))
+
+def test_notebooks_passed():
+    log = os.environ.get('NOTEBOOKS_LOG')
+    if not log: pytest.skip('`make test` runs the notebooks and hands their log over')
+    lines = (ROOT/log).read_text().splitlines()
+    failed = [l.strip() for l in lines if l.startswith('\t')]
+    assert not failed
+    assert 'Success.' in lines and 'No files were eligible for testing' not in lines # without files it ends well and tests nothing
