@@ -44,7 +44,7 @@ def spearman(
     x,y = map(stats.rankdata, _pair(acc_super, acc_alone))
     return float(np.corrcoef(x, y)[0,1]) if np.ptp(x) and np.ptp(y) else float('nan')
 
-# %% ../nbs/60_rank.ipynb #10ca7ad6
+# %% ../nbs/60_rank.ipynb #92bfa1b3
 def sparse_kendall_tau(
     acc_super:Sequence[float], # `(N,)` scores, higher is better
     acc_alone:Sequence[float], # `(N,)` truth
@@ -56,7 +56,8 @@ def sparse_kendall_tau(
     if not step > 0: raise ValueError(f'step {step}, expected a positive number')
     x,y = _pair(acc_super, acc_alone)
     bins = np.floor(np.round(y/step, 6))
-    return kendall_tau(x, bins) if reading == 'binned' else kendall_tau(bins[np.lexsort((-bins, x))], np.sort(bins))
+    if reading == 'binned' or np.all(x == x[0]): return kendall_tau(x, bins)
+    return kendall_tau(bins[np.lexsort((-bins, x))], np.sort(bins))
 
 # %% ../nbs/60_rank.ipynb #92dabe00
 def top_tau(
@@ -171,7 +172,7 @@ def metrics(
 def _row(scorer, kind, values, ci) -> dict:
     return dict(scorer=scorer, kind=kind, tau=values['tau'], low=ci[0], high=ci[1]) | {k:v for k,v in values.items() if k != 'tau'}
 
-# %% ../nbs/60_rank.ipynb #6e9030f6
+# %% ../nbs/60_rank.ipynb #a6efbb86
 def protocol(
     acc_super:Sequence[float]|dict,     # `(N,)` scores, or name -> scores of several scorers
     acc_alone:Sequence[float],          # `(N,)` truth
@@ -189,9 +190,9 @@ def protocol(
             for kind,xs in (('scorer', scorers), ('baseline', baselines or {})) for name,x in xs.items()]
     if per_seed is None: return pd.DataFrame(rows)
     seeds = np.asarray(per_seed, float)
-    ceiling = dict(tau=seed_ceiling(seeds)) # the other metrics: one seed as the scorer, another as the truth, mean over all such pairs
+    interval = ci(seed_ceiling, seeds)
     pairs = pd.DataFrame([metrics(a, b, n) for i,a in enumerate(seeds) for j,b in enumerate(seeds) if i != j])
-    return pd.DataFrame(rows + [_row('ceiling', 'ceiling', pairs.mean().to_dict() | ceiling, ci(seed_ceiling, seeds))])
+    return pd.DataFrame(rows + [_row('ceiling', 'ceiling', pairs.mean(), interval)])
 
 # %% ../nbs/60_rank.ipynb #4f5de3ae
 def over_seeds(

@@ -52,7 +52,7 @@ class FileLock:
         flock(self.file, LOCK_UN)
         self.file.close()
 
-# %% ../nbs/70_search.ipynb #801aa702
+# %% ../nbs/70_search.ipynb #b6c6b230
 def _mend(
     fname:FilePath, # journal, need not exist
 ):
@@ -75,9 +75,10 @@ def _record(
     lock.acquire()
     try: _mend(fname)
     finally: lock.release()
-    try: study = optuna.create_study(study_name=name, directions=directions, load_if_exists=True,
-                                     storage=JournalStorage(JournalFileBackend(str(fname), lock)))
+    try: journal = JournalStorage(JournalFileBackend(str(fname), lock))
     except (ValueError, KeyError, AssertionError) as e: raise ValueError(f'{fname} is broken, expected a journal file of Optuna: {e!r}') from e
+    try: study = optuna.load_study(study_name=name, storage=journal) # reading writes nothing
+    except KeyError: study = optuna.create_study(study_name=name, storage=journal, directions=directions, load_if_exists=True)
     found = study.user_attrs.get('about')
     if found is None: study.set_user_attr('about', about)
     for k in found or {}:
@@ -151,7 +152,7 @@ def frame(self:Search) -> pd.DataFrame: # path (string), score, a column per cos
     rows = [dict(path=self.space.format(p), score=s, **self.cost(p), trial=i) for i,(p,s) in enumerate(self.told.items()) if self.fits(p)]
     return pd.DataFrame(rows, columns=['path', 'score', *self.costs, 'trial']).sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/70_search.ipynb #6d7fa60d
+# %% ../nbs/70_search.ipynb #25e9a6ee
 @patch
 def take(self:Search,
     path:Path, # op index per block
@@ -169,6 +170,11 @@ def take(self:Search,
 @patch
 def _lock(self:Search, what:str) -> FileLock: return FileLock(self.locks/quote(f'{self.name} {what}', safe=' '))
 
+@patch
+def _let_go(self:Search):
+    if self.claim: self.claim.release()
+    self.claim = None
+
 # %% ../nbs/70_search.ipynb #ddaba8af
 PATIENCE = 20        # steps from a refused proposal until a path is drawn instead
 ENUMERABLE = 100_000 # combinations of a space whose paths are listed
@@ -178,7 +184,7 @@ SAMPLERS = dict(     # algorithm -> sampler of a seed, paths drawn before it is 
     random=(lambda seed: RandomSampler(seed=seed), math.inf),
     exhaustive=(lambda seed: RandomSampler(seed=seed), math.inf))
 
-# %% ../nbs/70_search.ipynb #3952acea
+# %% ../nbs/70_search.ipynb #cf79af8b
 @patch
 def descend(self:Search,
     path:Path,    # where to start
@@ -193,9 +199,13 @@ def descend(self:Search,
 @patch
 def _listed(self:Search, rng, algorithm):
     paths = list(self.space)
-    fit = [p for p in paths if self.fits(p)]
-    if algorithm != 'exhaustive': fit = [fit[i] for i in rng.permutation(len(fit))]
-    return lambda: iter(fit), lambda k: min((self.cost(p)[k] for p in paths), default=math.nan)
+    left = [p for p in paths if self.fits(p)]
+    if not left: self._refuse(lambda k: min((self.cost(p)[k] for p in paths), default=math.nan))
+    if algorithm != 'exhaustive': left = [left[i] for i in rng.permutation(len(left))]
+    def tries():
+        left[:] = [p for p in left if p not in self.told]
+        return iter(left)
+    return tries
 
 @patch
 def _drawn(self:Search, rng):
@@ -204,33 +214,35 @@ def _drawn(self:Search, rng):
     def tries():
         yield from (draw() for _ in range(1000))
         yield from (self.descend(draw(), excess) for _ in range(10))
-    return tries, lambda k: self.cost(self.descend(draw(), lambda p: self.cost(p)[k]))[k]
+    if not any(map(self.fits, tries())): self._refuse(lambda k: self.cost(self.descend(draw(), lambda p: self.cost(p)[k]))[k])
+    return tries
 
-# %% ../nbs/70_search.ipynb #eeecfa92
+@patch
+def _refuse(self:Search, lowest):
+    asked = ' and '.join(f'{k} <= {most}' for k,most in self.budgets.items()) or 'its own rule'
+    raise ValueError(f'no path of space {self.space.name!r} meets {asked}, the lowest possible: {", ".join(f"{k} {lowest(k)}" for k in self.budgets)}')
+
 @patch
 def candidates(self:Search,
     rng:np.random.Generator, # source of the draws
     algorithm:str='random',  # key of `SAMPLERS`
 ) -> Callable[[], Iterator[Path]]: # begins anew at each call
     "Function that gives an iterator over paths to try; `ValueError` if no path meets the budgets or the space is too large to exhaust."
-    n, name = math.prod(self.space.sizes), self.space.name
-    if n > ENUMERABLE and algorithm == 'exhaustive':
-        raise ValueError(f'space {name!r} has {n:,} combinations, expected at most {ENUMERABLE:,} for an exhaustive search')
-    tries,lowest = self._listed(rng, algorithm) if n <= ENUMERABLE else self._drawn(rng)
-    if any(map(self.fits, tries())): return tries
-    asked, found = ' and '.join(f'{k} <= {v}' for k,v in self.budgets.items()), ', '.join(f'{k} {lowest(k)}' for k in self.budgets)
-    raise ValueError(f'no path of space {name!r} meets {asked or "its own rule"}, the lowest possible: {found}')
+    n = math.prod(self.space.sizes)
+    if n <= ENUMERABLE: return self._listed(rng, algorithm)
+    if algorithm != 'exhaustive': return self._drawn(rng)
+    raise ValueError(f'space {self.space.name!r} has {n:,} combinations, expected at most {ENUMERABLE:,} for an exhaustive search')
 
-# %% ../nbs/70_search.ipynb #0795c309
+# %% ../nbs/70_search.ipynb #035bbf20
 @patch
 def stroll(self:Search,
-    path:Path, # where to start
+    path:Path, # where to start; it may break the rule of the space
 ) -> Path|None:
-    "First path that can be taken on a random walk from neighbour to neighbour, None if there is none within `PATIENCE` steps."
+    "First path that can be taken on a walk that changes one random block at a time, None if `PATIENCE` steps lead to none."
     for _ in range(PATIENCE):
-        near = self.space.neighbours(path)
-        if not near: return None
-        if self.take(path := near[self.rng.integers(len(near))]): return path
+        l = int(self.rng.integers(len(path)))
+        path = (*path[:l], int(self.rng.integers(self.space.sizes[l])), *path[l+1:])
+        if self.take(path): return path
 
 @patch
 def propose(self:Search,
@@ -262,11 +274,10 @@ def finish(self:Search,
         if math.isnan(value): raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
         for k,v in dict(path=self.space.format(path), **self.cost(path)).items(): trial.set_user_attr(k, v if isinstance(v, str) else float(v))
         self.record.add_trial(self.study.tell(trial, [value] + ([float(self.cost(path)[self.tradeoff])] if self.tradeoff else [])))
-    finally:
-        if self.claim: self.claim.release(); self.claim = None
+    finally: self._let_go()
     self.sync()
 
-# %% ../nbs/70_search.ipynb #dc77da4a
+# %% ../nbs/70_search.ipynb #720a7a5b
 @patch
 @contextmanager
 def _as_worker(self:Search) -> Iterator[int]:
@@ -274,7 +285,7 @@ def _as_worker(self:Search) -> Iterator[int]:
     if self.locks is None: yield 0; return
     number,lock = next((i,l) for i in count() if (l := self._lock(f'worker {i}')).acquire(wait=False))
     try: yield number
-    finally: lock.release()
+    finally: self._let_go(); lock.release()
 
 @patch
 def run(self:Search,

@@ -207,7 +207,7 @@ def from_tensors(self:Supernet,
         return _flat(tensors[s.names[0]][k])
     return {key: torch.stack([torch.cat([row(s, k) for s in slots]) for k in range(self.K)]) for key,slots in self.slots.items()}
 
-# %% ../nbs/20_supernet.ipynb #24077519
+# %% ../nbs/20_supernet.ipynb #c0d7f7f1
 def fresh_stats(
     supernet:Supernet, # knows its batch norms
     path:Path,         # op index per block
@@ -240,6 +240,8 @@ def subnet(self:Supernet,
     for name,t in {**fresh_stats(self, path), **(stats or {})}.items():
         m,leaf = place(name)
         m._buffers[leaf] = t.clone()
+    for m in net.modules():
+        if isinstance(m, nn.RNNBase): m._init_flat_weights()
     for name,momentum in self._bn.items(): net.get_submodule(name).momentum = momentum
     return networks.subnet(net, path)
 
