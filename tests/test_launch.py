@@ -1,0 +1,132 @@
+"""The commands as processes: what they print, what they leave behind, how they are interrupted and resumed."""
+import hashlib, json, os, resource, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from kshot.train import load_newest
+
+QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()
+def start(command, *args, **kwargs):
+    code = f'import sys; from kshot.launch import {command}; sys.exit({command}())'
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+
+def call(command, *args, **kwargs):
+    p = start(command, *args, **kwargs)
+    out, err = p.communicate(timeout=400)
+    return p.returncode, out, err
+
+def wait_for(p, pattern, folder):
+    "Until a file matches, or the process ends."
+    while not list(folder.glob(pattern)) and p.poll() is None: time.sleep(.02)
+
+def content(folder): return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob('*') if p.is_file()}
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "Folder of runs with one finished run, `whole`."
+    runs = tmp_path_factory.mktemp('runs')
+    code, out, err = call('train', '--runs', runs, '--name', 'whole', *QUICK)
+    assert code == 0, err
+    return runs
+
+def test_train_leaves_a_run(trained):
+    run = trained/'whole'
+    record = json.loads((run/'run.json').read_text())
+    assert record['config']['K'] == 2 and record['results']['train']['epoch'] == 5 and record['versions']['kshot']
+    assert len((run/'log.jsonl').read_text().splitlines()) == 5
+    assert len(list((run/'checkpoint').iterdir())) == 2 # the last two, no temporary file
+    assert (run/'report.html').stat().st_size > 1e6
+
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_training_ends_like_an_undisturbed_one(trained, how):
+    name = how.name
+    p = start('train', '--runs', trained, '--name', name, *QUICK)
+    wait_for(p, 'checkpoint/epoch_00002*', trained/name)
+    p.send_signal(how)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == (130 if how == signal.SIGINT else -9)
+    if how == signal.SIGINT: assert f'to go on: kshot_train --name {name} --runs {trained} --resume' in err and 'Traceback' not in err
+    code, out, err = call('train', '--runs', trained, '--name', name, '--resume')
+    assert code == 0, err
+    (a, meta_a), (b, meta_b) = load_newest(trained/'whole'), load_newest(trained/name)
+    assert meta_a == meta_b and set(a) == set(b) and all(a[n].equal(b[n]) for n in a)
+
+def test_rank_search_retrain(trained):
+    code, out, err = call('rank', '--runs', trained, '--name', 'whole', '--n', 30, '--json')
+    assert code == 0, err
+    assert set(json.loads(out.splitlines()[-1])) == {'supernet', 'macs', 'params', 'ceiling'}
+    argv = ['--runs', trained, '--name', 'whole', '--algorithm', 'random', '--macs', 500_000, '--json']
+    code, out, err = call('search', *argv, '--n', 5)
+    assert code == 0, err
+    first = json.loads(out.splitlines()[-1])
+    code, out, err = call('search', *argv, '--n', 8)
+    more = json.loads(out.splitlines()[-1])
+    assert (first['n'], more['n']) == (5, 8) and more['acc_super'] >= first['acc_super'] and more['macs'] <= 500_000
+    code, out, err = call('retrain', '--runs', trained, '--name', 'whole', '--epochs', 1, '--json')
+    assert json.loads(out.splitlines()[-1])['path'] == more['path']
+
+def test_bad_input_changes_nothing(trained):
+    before = content(trained)
+    for command,args,says in [('train', QUICK, 'is not empty: resume it or choose another'), ('search', ['--macs', 5], 'macs'),
+                              ('retrain', ['--path', '01'], 'has 2 ops, expected 4'), ('rank', ['--table', 'none'], "table 'none', expected")]:
+        code, out, err = call(command, '--runs', trained, '--name', 'whole', *args)
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and says in last and 'Traceback' not in err, err
+        if command != 'rank': assert content(trained) == before
+
+def test_another_K_or_a_damaged_checkpoint(trained, tmp_path):
+    for p in (trained/'whole').rglob('*'):
+        if p.is_file(): (q := tmp_path/'run'/p.relative_to(trained/'whole')).parent.mkdir(parents=True, exist_ok=True); q.write_bytes(p.read_bytes())
+    record = json.loads((tmp_path/'run/run.json').read_text())
+    record['config']['K'] = 3
+    (tmp_path/'run/run.json').write_text(json.dumps(record))
+    code, out, err = call('rank', '--runs', tmp_path)
+    assert code == 2 and 'checkpoint of K 2, expected 3' in err and 'Traceback' not in err
+    for p in (tmp_path/'run/checkpoint').iterdir(): p.write_bytes(p.read_bytes()[:200])
+    code, out, err = call('rank', '--runs', tmp_path)
+    assert code == 2 and 'has no checkpoint that can be read' in err.splitlines()[-1]
+
+def test_full_disk_while_saving(trained, tmp_path):
+    "The size of a file is limited, as on a full disk: one line, and the checkpoint before is whole."
+    size = max(p.stat().st_size for p in (trained/'whole/checkpoint').iterdir())
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, size//2))
+    code, out, err = call('train', '--runs', tmp_path, *QUICK, preexec_fn=limit)
+    assert code == 2 and 'cannot be written: File too large' in err.splitlines()[-1] and 'Traceback' not in err
+    assert not list((tmp_path/'run/checkpoint').iterdir())
+    code, out, err = call('train', '--runs', tmp_path, '--resume')
+    assert code == 0, err
+    (a, _), (b, _) = load_newest(trained/'whole'), load_newest(tmp_path/'run')
+    assert all(a[n].equal(b[n]) for n in a)
+
+def test_tables_make_resumes(tmp_path):
+    "Killed while a table is made: the finished trainings are not repeated."
+    args = ['--action', 'make', '--epochs', 1, '--seeds', 1, '--workers', 1, '--runs', tmp_path]
+    p = start('tables', *args, start_new_session=True)
+    log = tmp_path/'tables/digits.jsonl'
+    while p.poll() is None and (not log.exists() or log.read_text().count('\n') < 6): time.sleep(.05)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    kept = log.read_text()
+    p = start('tables', *args, start_new_session=True)
+    while p.poll() is None and log.read_text().count('\n') < kept.count('\n')+4: time.sleep(.05)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    rows = [json.loads(l) for l in log.read_text().splitlines(keepends=True) if l.endswith('\n')]
+    assert log.read_text().startswith(kept[:kept.rfind('\n')+1]) # what was finished stands
+    assert len({(r['path'], r['split']) for r in rows}) == len(rows)
+
+def test_demo_quick(tmp_path):
+    code, out, err = call('demo', '--runs', tmp_path, '--quick', '--json')
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert record == json.loads((tmp_path/'demo/run.json').read_text())
+    ranks, found = record['results']['rank'], record['results']['search']
+    assert set(ranks) == {'kshot', 'one_shot', 'macs', 'params', 'ceiling'}
+    assert all(r['low'] <= r['tau'] <= r['high'] for r in ranks.values())
+    assert found['macs'] <= found['budget_macs'] and 1 <= found['rank_in_budget'] <= found['rank'] <= 625 and 0 < found['acc_alone'] < 1
+    assert record['seconds'] > 0
+    page = (tmp_path/'demo/report.html').read_text()
+    assert 'src="http' not in page and 'href="http' not in page
+    before = content(tmp_path)
+    code, out, err = call('demo', '--runs', tmp_path, '--quick', '--json')
+    assert json.loads(out.splitlines()[-1]) == record and content(tmp_path) == before # nothing is done twice
+    code, out, err = call('demo', '--runs', tmp_path, '--K', 2)
+    assert code == 2 and 'holds a demo with' in err and content(tmp_path) == before
