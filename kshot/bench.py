@@ -86,14 +86,15 @@ def ratio(
     "Median over rounds of the ratio of two contestants."
     return round(statistics.median(x/y for x,y in zip(times[a], times[b], strict=True)), 3)
 
-# %% ../nbs/97_bench.ipynb #457504dc
+# %% ../nbs/97_bench.ipynb #066654e7
 def peak_mib(
     K:int,  # 0: the plain network
     bs:int, # images
 ) -> float: # MiB above what the imports take
     "Peak memory of three supernet steps in a new process."
     code = f'from kshot.bench import _peak; _peak({K}, {bs})'
-    return float(subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 def _peak(K, bs):
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -106,7 +107,7 @@ def _batch(bs):
     g = torch.Generator().manual_seed(0)
     return torch.randn(bs, 3, 32, 32, generator=g).contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (bs,), generator=g)
 
-# %% ../nbs/97_bench.ipynb #dc6a0f45
+# %% ../nbs/97_bench.ipynb #9aa6cbc3
 def bench_step(
     Ks:list[int]=[1,2,4,8,16], # numbers of supernets
     bs:int=256,     # images
@@ -119,10 +120,12 @@ def bench_step(
     paths, many = space.sample(rng, rounds+2), [space.sample(rng, 16) for _ in range(rounds+2)]
     contestants = {'plain': plain_step(net)} | {f'K{K}': supernet_step(net, K) for K in Ks} | {'naive': naive_step(net, max(Ks[:-1] or Ks))}
     times = interleaved({k: partial(lambda f,r: f(x, y, paths[r]), f) for k,f in contestants.items()}, rounds)
-    loop = interleaved({k: partial(lambda f,r: f(x, y, many[r]), f) for k,f in dict(simplex=simplex_step(net, 8), one_shot=one_shot_loop(net)).items()}, rounds)
+    pair = dict(simplex=simplex_step(net, 8), one_shot=one_shot_loop(net))
+    loop = interleaved({k: partial(lambda f,r: f(x, y, many[r]), f) for k,f in pair.items()}, rounds)
     ms = lambda times: {k: round(1e3*statistics.median(v), 1) for k,v in times.items()}
     out = dict(bs=bs, rounds=rounds, threads=torch.get_num_threads(),
-        supernet_step={f'K{K}_over_K1': ratio(times, f'K{K}', 'K1') for K in Ks} | dict(K1_over_plain=ratio(times, 'K1', 'plain'), naive_over_K1=ratio(times, 'naive', 'K1')),
+        supernet_step={f'K{K}_over_K1': ratio(times, f'K{K}', 'K1') for K in Ks} | dict(
+            K1_over_plain=ratio(times, 'K1', 'plain'), naive_over_K1=ratio(times, 'naive', 'K1')),
         simplex_step=dict(over_one_shot_loop=ratio(loop, 'simplex', 'one_shot')), ms=ms(times) | ms(loop))
     return out | dict(peak_mib={f'K{K}': round(peak_mib(K, bs)) for K in Ks} | dict(plain=round(peak_mib(0, bs)))) if memory else out
 

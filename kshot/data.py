@@ -50,7 +50,7 @@ class TensorLoader:
             self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
         return self
 
-# %% ../nbs/45_data.ipynb #f877d486
+# %% ../nbs/45_data.ipynb #ac61bab6
 def shift_and_noise(
     x:Tensor,                  # `(B, C, H, W)` images
     generator:torch.Generator, # source of the draws
@@ -62,7 +62,7 @@ def shift_and_noise(
     dy, dx = torch.randint(0, 2*pixels+1, (2, B, 1), generator=generator, device=dev)
     rows, cols = dy + torch.arange(H, device=dev), dx + torch.arange(W, device=dev) # (B, H), (B, W)
     padded = F.pad(x, (pixels,)*4)
-    moved = padded[torch.arange(B, device=dev)[:,None,None], :, rows[:,:,None], cols[:,None,:]].permute(0, 3, 1, 2) # (B, C, H, W), channels last
+    moved = padded[torch.arange(B, device=dev)[:,None,None], :, rows[:,:,None], cols[:,None,:]].permute(0, 3, 1, 2) # (B, C, H, W)
     return torch.randn(moved.shape, generator=generator, device=dev).mul_(noise).add_(moved)
 
 # %% ../nbs/45_data.ipynb #c8526a6b

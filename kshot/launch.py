@@ -42,7 +42,7 @@ def _parser(f:Callable) -> _Parser:
     parser.add_argument('--json', action='store_true', help='print the result as one JSON object on the last line')
     return parser
 
-# %% ../nbs/95_launch.ipynb #7357b5cd
+# %% ../nbs/95_launch.ipynb #7f33220e
 def command(
     f:Callable, # returns (result for JSON, text to read)
 ) -> Callable:  # `f(argv=None)`, for `console_scripts`; ends the process
@@ -55,7 +55,9 @@ def command(
             as_json = args.pop('json')
             with redirect_stdout(sys.stderr): result, text = f(**args)
         except ValueError as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
-        except KeyboardInterrupt: print(f'\n{name}: interrupted; what is finished is kept, see {name} --help for how to go on', file=sys.stderr); sys.exit(130)
+        except KeyboardInterrupt:
+            print(f'\n{name}: interrupted; what is finished is kept, see {name} --help for how to go on', file=sys.stderr)
+            sys.exit(130)
         print(json.dumps(result) if as_json else text, file=out, flush=True)
     return main
 
@@ -89,7 +91,7 @@ def rank(
     _report(runs/name)
     return read_run(runs/name)['results']['rank'], frame.round(3).to_string(index=False)
 
-# %% ../nbs/95_launch.ipynb #0987515b
+# %% ../nbs/95_launch.ipynb #ef5da636
 @command
 def search(
     name:str='run',      # of a trained run
@@ -100,11 +102,12 @@ def search(
     params:float=0,      # largest number of parameters; 0: no limit
     seed:int=0,          # of the search
 ):
-    "Search a trained run for its best path. The same command again goes on with a search that was interrupted, and several may work on one."
+    "Search a trained run for its best path. The same command goes on with a search that was interrupted; several may work on one."
     search_run(runs/name, n, algorithm, dict(macs=macs or None, params=params or None), seed, progress=True)
     _report(runs/name)
     r = read_run(runs/name)['results']['search']
-    return r, f'{r["path"]}: supernet accuracy {r["acc_super"]:.3f}, {r["macs"]:,} MACs, {r["n_params"]:,} parameters ({r["n"]} paths scored)'
+    costs = f'{r["macs"]:,} MACs, {r["n_params"]:,} parameters'
+    return r, f'{r["path"]}: supernet accuracy {r["acc_super"]:.3f}, {costs} ({r["n"]} paths scored)'
 
 @command
 def retrain(
@@ -137,10 +140,11 @@ def tables(
         acc_min=('acc', 'min'), acc_median=('acc', 'median'), acc_max=('acc', 'max')).reset_index()
     return dict(name=table.name, splits=json.loads(about.to_json(orient='records'))), about.round(3).to_string(index=False)
 
-# %% ../nbs/95_launch.ipynb #92099d8e
+# %% ../nbs/95_launch.ipynb #2cbb3c43
 def _train_and_score(config:Config, folder:FilePath):
     "A trained and scored run: whatever of it is there is kept."
-    if not (folder/'run.json').exists() or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=(folder/'run.json').exists())
+    begun = (folder/'run.json').exists()
+    if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun)
     if not (folder/'scores.parquet').exists(): score_run(folder, progress=True)
 
 def _found(folder:FilePath) -> dict:
@@ -150,11 +154,11 @@ def _found(folder:FilePath) -> dict:
     macs = get_table('digits').select(split='test', seed=0).set_index('path').macs
     within = truth[macs[truth.index] <= search['budgets']['macs']]
     rank = lambda among: 1 + int((among > truth[search['path']]).sum())
-    return dict(path=search['path'], macs=search['macs'], n_params=search['n_params'], budget_macs=search['budgets']['macs'], acc_super=search['acc_super'],
+    return dict({k: search[k] for k in ('path', 'macs', 'n_params', 'acc_super')}, budget_macs=search['budgets']['macs'],
                 acc_alone=alone['acc_alone'], acc_table=float(truth[search['path']]), rank=rank(truth), of=len(truth),
                 rank_in_budget=rank(within), of_in_budget=len(within), best_in_budget=float(within.max()))
 
-# %% ../nbs/95_launch.ipynb #83b77932
+# %% ../nbs/95_launch.ipynb #c86a5fac
 @command
 def demo(
     name:str='demo',     # the folder is RUNS/NAME
@@ -163,12 +167,13 @@ def demo(
     quick:bool=False,    # a tenth of the training: to see that everything works, not how well
     seed:int=0,          # of everything random
 ):
-    "Train K-shot and one-shot supernets on digits, rank, search, retrain and report. The same command goes on with a demo that was interrupted."
+    "Train K-shot and one-shot supernets on digits, rank, search, retrain, report. The same command goes on where it was interrupted."
     folder, started, epochs = runs/name, time.time(), 3 if quick else 30
     asked = dict(K=K, quick=quick, seed=seed)
     if not (folder/'run.json').exists(): write_run(folder, dict(config=asked, **environment(), results={}, seconds={}))
     record = read_run(folder)
-    if record['config'] != asked: raise ValueError(f'folder {str(folder)!r} holds a demo with {record["config"]}, expected {asked}: choose another --name')
+    if record['config'] != asked:
+        raise ValueError(f'folder {str(folder)!r} holds a demo with {record["config"]}, expected {asked}: choose another --name')
     if not record['results']:
         both = {'kshot': Config(K=K, epochs=epochs, seed=seed), 'one_shot': Config(K=1, epochs=epochs, seed=seed)}
         for k,config in both.items():
@@ -176,9 +181,10 @@ def demo(
             _train_and_score(config, folder/k)
         ranks = rank_scores({k: pd.read_parquet(folder/k/'scores.parquet') for k in both})
         best = folder/'kshot'
-        search_run(best, n=50 if quick else 200, budgets=dict(macs=float(get_table('digits').frame.macs.median())), seed=seed, progress=True)
+        budget = dict(macs=float(get_table('digits').frame.macs.median()))
+        search_run(best, n=50 if quick else 200, budgets=budget, seed=seed, progress=True)
         retrain_run(best, seed=seed)
-        record['results'] = dict(rank=json.loads(ranks.set_index('name').to_json(orient='index')), search=_found(best))
+        record['results'] = dict(rank=json.loads(ranks.set_index('scorer').to_json(orient='index')), search=_found(best))
         record['seconds'] = round(time.time()-started, 1)
         make_report(folder/'report.html', 'kshot demo: digits', {k: folder/k for k in both})
         write_run(folder, record)
@@ -186,7 +192,9 @@ def demo(
 
 def _demo_text(record:dict, folder:FilePath) -> str:
     r = record['results']
-    rows = [f'{k:10} tau {v["tau"]:6.3f}   95 % interval {v["low"]:6.3f} to {v["high"]:6.3f}   tau in the top 10 % {v["top_tau"]:6.3f}' for k,v in r['rank'].items()]
+    show = lambda v: f'tau {v["tau"]:6.3f}   95 % interval {v["low"]:6.3f} to {v["high"]:6.3f}   tau in the top 10 % {v["top_tau"]:6.3f}'
+    rows = [f'{k:10} {show(v)}' for k,v in r['rank'].items()]
     s = r['search']
     return '\n'.join([*rows, f'found      {s["path"]}: {s["macs"]:,} MACs, alone {s["acc_alone"]:.3f} (test); '
-                      f'true rank {s["rank_in_budget"]} of {s["of_in_budget"]} within the budget, {s["rank"]} of {s["of"]} in all', f'report     {folder/"report.html"}'])
+                      f'true rank {s["rank_in_budget"]} of {s["of_in_budget"]} within the budget, {s["rank"]} of {s["of"]} in all',
+                      f'report     {folder/"report.html"}'])

@@ -31,7 +31,7 @@ class Chain(nn.Module):
         for ops,o in zip(self.blocks, path): x = ops[o](x)
         return self.head(x)
 
-# %% ../nbs/15_networks.ipynb #8748ac7c
+# %% ../nbs/15_networks.ipynb #31c960b9
 def chain(
     space:Space,                     # its op names are looked up in `kshot.ops`
     stem:nn.Module,                  # before the first block
@@ -41,7 +41,8 @@ def chain(
 ) -> Chain:                          # untrained
     "Chain of a space's ops; `ValueError` unless `stages` have as many blocks as the space."
     shapes = [(c, stride if i == 0 else 1) for c,n,stride in stages for i in range(n)]
-    if len(shapes) != len(space.blocks): raise ValueError(f'{len(shapes)} blocks in stages, expected {len(space.blocks)} for space {space.name!r}')
+    if len(shapes) != len(space.blocks):
+        raise ValueError(f'{len(shapes)} blocks in stages, expected {len(space.blocks)} for space {space.name!r}')
     blocks = []
     for b,(c,stride) in zip(space.blocks, shapes):
         blocks.append([make_op(o, c_in, c, stride) for o in b.choices])
@@ -101,7 +102,7 @@ def owner(
     "Op that a name belongs to."
     return next((k for k,v in ops.items() if any(name == n or name.startswith(n+'.') for n in v)), None)
 
-# %% ../nbs/15_networks.ipynb #d84e94ef
+# %% ../nbs/15_networks.ipynb #1f92a4db
 class _AtPath(nn.Module):
     def __init__(self, net:nn.Module, path:Path):
         super().__init__()
@@ -114,7 +115,8 @@ def subnet(
 ) -> fx.GraphModule: # `forward(x)`, sharing its parameters with `net`
     "Plain module of one path; `ValueError` if `forward` branches on `x`."
     try: module = fx.symbolic_trace(_AtPath(net, path))
-    except fx.proxy.TraceError as e: raise ValueError(f'{type(net).__name__}.forward depends on the values of x, expected on the path alone: {e}') from e
+    except fx.proxy.TraceError as e:
+        raise ValueError(f'{type(net).__name__}.forward depends on the values of x, expected on the path alone: {e}') from e
     module.delete_all_unused_submodules()
     return module
 

@@ -52,7 +52,7 @@ def dw5(c_in:int, c_out:int, stride:int) -> nn.Module:
     "5x5 depthwise, then 1x1 convolution."
     return _residual_if_same(c_in, c_out, stride, conv_bn(c_in, c_in, 5, stride, groups=c_in, act=False), conv_bn(c_in, c_out, 1))
 
-# %% ../nbs/10_ops.ipynb #ecaae7d8
+# %% ../nbs/10_ops.ipynb #db0d5217
 def mbconv(
     expand:int, # how many times wider the middle is
     k:int,      # kernel of the depthwise convolution
@@ -60,7 +60,8 @@ def mbconv(
     "Constructor of MobileNetV2's inverted residual (ReLU, no squeeze-and-excitation)."
     def make(c_in:int, c_out:int, stride:int) -> nn.Module:
         c = c_in*expand
-        return _residual_if_same(c_in, c_out, stride, conv_bn(c_in, c, 1), conv_bn(c, c, k, stride, groups=c), conv_bn(c, c_out, 1, act=False))
+        layers = conv_bn(c_in, c, 1), conv_bn(c, c, k, stride, groups=c), conv_bn(c, c_out, 1, act=False)
+        return _residual_if_same(c_in, c_out, stride, *layers)
     return make
 
 # %% ../nbs/10_ops.ipynb #fb62874e

@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-# %% ../nbs/60_rank.ipynb #9c51654c
+# %% ../nbs/60_rank.ipynb #4f61b7e5
 def _pair(acc_super, acc_alone) -> tuple[np.ndarray, np.ndarray]:
     "Scores and truth as float arrays that can be compared."
     x,y = np.asarray(acc_super, float), np.asarray(acc_alone, float)
     if x.shape != y.shape or x.ndim != 1: raise ValueError(f'scores {x.shape} and truth {y.shape}, expected two arrays (N,) of one length')
     if len(x) < 2: raise ValueError(f'{len(x)} paths, expected at least 2 to rank')
     for name,a in ('scores', x), ('truth', y):
-        if np.isnan(a).any(): raise ValueError(f'{np.isnan(a).sum()} NaN among the {name}, expected a number for each of the {len(a)} paths')
+        if np.isnan(a).any():
+            raise ValueError(f'{np.isnan(a).sum()} NaN among the {name}, expected a number for each of the {len(a)} paths')
     return x,y
 
 def ranks(

@@ -16,7 +16,7 @@ from .runs import Config, load_run, rank_scores, read_run
 from .spaces import get_space
 from .tables import get_table, read_log
 
-# %% ../nbs/94_report.ipynb #1948ec4a
+# %% ../nbs/94_report.ipynb #66fef02f
 def _read(folder, name): # a Parquet file of a run, or None
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
@@ -28,14 +28,14 @@ def _rank_section(runs, table):
     protocol = rank_scores(scores, table)
     truth = get_table(table).mean(split='test')
     frames = [s.assign(name=k, acc_alone=truth[s.path].to_numpy()) for k,s in scores.items()]
-    taus = protocol.set_index('name')[['tau', 'low', 'high']].to_dict('index')
+    taus = protocol.set_index('scorer')[['tau', 'low', 'high']].to_dict('index')
     both = pd.concat(frames, ignore_index=True)
-    return [('Ranking', 'Supernet accuracy on the validation split against test accuracy of stand-alone training (mean of the seeds of the table). '
+    return [('Ranking', 'Supernet accuracy (validation) against stand-alone accuracy (test, mean of the seeds in the table). '
              'Intervals are 95 % bootstrap intervals over paths.', plots.plot_rank(both, taus=taus, by='name'),
-             plots.plot_protocol(protocol.set_index('name')), protocol.round(3)),
+             plots.plot_protocol(protocol.set_index('scorer')), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #4dd6d66a
+# %% ../nbs/94_report.ipynb #13fb65e6
 def _codes_section(folder):
     "Codes of all paths of a run with K > 1, if the space is small."
     config, learn = load_run(folder)
@@ -45,7 +45,8 @@ def _codes_section(folder):
     with torch.no_grad(): codes = learn.k_shot.codes(paths).cpu().numpy()
     scores = _read(folder, 'scores')
     color = None if scores is None or len(scores) != len(paths) else scores.acc_super.to_numpy()
-    return [('Simplex codes', f'Each of the {len(paths)} paths mixes {config.K} supernets; a code of 1/{config.K} everywhere is the centre of the simplex.',
+    text = f'Each of the {len(paths)} paths mixes {config.K} supernets; a code of 1/{config.K} everywhere is the centre of the simplex.'
+    return [('Simplex codes', text,
              plots.plot_codes(codes, [space.format(p) for p in paths], color=color, color_name='supernet accuracy'),
              plots.plot_codes_by_op(space, paths, codes))]
 
@@ -60,7 +61,7 @@ def _search_section(folder):
     return [('Search', text, plots.plot_pareto(frame, budget=found['budgets'].get('macs'), found=found['path']),
              plots.draw_path(space, space.parse(found['path']), title=f'Found: {found["path"]}'))]
 
-# %% ../nbs/94_report.ipynb #01a7099d
+# %% ../nbs/94_report.ipynb #d2502295
 def make_report(
     fname:FilePath,          # html, replaced whole
     title:str,               # of the page
@@ -71,6 +72,7 @@ def make_report(
     log = [dict(r, name=k) for k,f in runs.items() for r in read_log(FilePath(f)/'log.jsonl')]
     sections = _rank_section(runs, table)
     for f in runs.values(): sections += _search_section(f) + _codes_section(f)
-    if log: sections.append(('Training', 'Validation accuracy is the mean over 16 fixed paths, with batch statistics.', plots.plot_training(log)))
+    if log: sections.append(('Training', 'Accuracy is the mean over 16 fixed paths on the validation split, with batch statistics.',
+                             plots.plot_training(log)))
     asked = pd.DataFrame({k: read_run(f)['config'] for k,f in runs.items()}).astype(str).rename_axis('argument').reset_index()
     return plots.write_report(fname, title, sections + [('What was run', asked)])

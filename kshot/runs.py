@@ -28,7 +28,7 @@ from .spaces import get_space
 from .tables import get_table, write_parquet
 from .train import CheckpointCallback, cosine, kshot_learner, load_newest, save_tensors, train_alone
 
-# %% ../nbs/93_runs.ipynb #aaf11069
+# %% ../nbs/93_runs.ipynb #470f2215
 @dataclass(frozen=True)
 class Config:
     "What to train, and how."
@@ -47,7 +47,8 @@ class Config:
     wd:float=5e-4          # weight decay
     seed:int=0             # of everything random
 
-CODES = {'simplex': SimplexNet, 'uniform': lambda space,K: UniformCode(K), 'vertex': lambda space,K: VertexCode(K, block=0), 'free': FreeCode}
+CODES = {'simplex': SimplexNet, 'uniform': lambda space,K: UniformCode(K), 'vertex': lambda space,K: VertexCode(K, block=0),
+         'free': FreeCode}
 
 # %% ../nbs/93_runs.ipynb #4b403d14
 def make_learner(
@@ -63,15 +64,16 @@ def make_learner(
     return kshot_learner(NETS[config.space](), space, data, config.K, codes, config.sampler, config.seed, config.wd, config.even_step,
                          mode=config.mode, lr=config.lr_codes, warmup=config.warmup)
 
-# %% ../nbs/93_runs.ipynb #1c363c00
+# %% ../nbs/93_runs.ipynb #c9fa9b40
 def _commit() -> str|None: # of the code that runs, if it runs from a repository
     git = subprocess.run(['git', '-C', FilePath(__file__).parent, 'describe', '--always', '--dirty'], capture_output=True, text=True)
     return git.stdout.strip() or None
 
 def environment() -> dict:
     "Versions, commit and machine, as results are kept with."
-    return dict(versions={p: version(p) for p in ('torch', 'fastai', 'optuna', 'numpy')} | {'kshot': __version__, 'python': platform.python_version()},
-                commit=_commit(), machine=dict(cores=os.cpu_count(), arch=platform.machine(), device='cuda' if torch.cuda.is_available() else 'cpu'))
+    versions = {p: version(p) for p in ('torch', 'fastai', 'optuna', 'numpy')} | {'kshot': __version__, 'python': platform.python_version()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
+    return dict(versions=versions, commit=_commit(), machine=dict(cores=os.cpu_count(), arch=platform.machine(), device=device))
 
 def read_run(
     folder:FilePath, # of a run
@@ -153,7 +155,7 @@ def score_run(
     write_parquet(scores, FilePath(folder)/'scores.parquet')
     return scores
 
-# %% ../nbs/93_runs.ipynb #1ad78306
+# %% ../nbs/93_runs.ipynb #552ee1e6
 def rank_scores(
     scores:pd.DataFrame|dict[str, pd.DataFrame], # what `score_run` returned, or name -> scores of several runs of one space
     table:str='digits', # name of a benchmark table
@@ -175,7 +177,7 @@ def rank_run(
     "Score a run and rank its paths against a table."
     started = time.time()
     frame = rank_scores(score_run(folder, n, progress), table)
-    add_result(folder, 'rank', {r.pop('name'): r for r in json.loads(frame.to_json(orient='records'))}, started)
+    add_result(folder, 'rank', {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}, started)
     return frame
 
 # %% ../nbs/93_runs.ipynb #bfb97a92

@@ -52,7 +52,7 @@ class FileLock:
         flock(self.file, LOCK_UN)
         self.file.close()
 
-# %% ../nbs/70_search.ipynb #b6c6b230
+# %% ../nbs/70_search.ipynb #111c0a97
 def _mend(
     fname:FilePath, # journal, need not exist
 ):
@@ -76,7 +76,8 @@ def _record(
     try: _mend(fname)
     finally: lock.release()
     try: journal = JournalStorage(JournalFileBackend(str(fname), lock))
-    except (ValueError, KeyError, AssertionError) as e: raise ValueError(f'{fname} is broken, expected a journal file of Optuna: {e!r}') from e
+    except (ValueError, KeyError, AssertionError) as e:
+        raise ValueError(f'{fname} is broken, expected a journal file of Optuna: {e!r}') from e
     try: study = optuna.load_study(study_name=name, storage=journal) # reading writes nothing
     except KeyError: study = optuna.create_study(study_name=name, storage=journal, directions=directions, load_if_exists=True)
     found = study.user_attrs.get('about')
@@ -93,9 +94,9 @@ def _quiet():
     try: yield
     finally: optuna.logging.set_verbosity(before)
 
-# %% ../nbs/70_search.ipynb #6853ed9c
+# %% ../nbs/70_search.ipynb #6a63b67f
 class Search:
-    "Paths of a space under budgets, and what they have scored; `ValueError` for a budget without a cost, a file that is no journal, another study."
+    "Paths of a space under budgets, and what they have scored; `ValueError` for a budget without a cost or another file or study."
     def __init__(self,
         space:Space,             # where to search
         costs:dict|None=None,    # name -> `cost(path)`, a number; one column each
@@ -145,12 +146,13 @@ def sync(self:Search):
         self.n_done += self.fits(path)
         if self.study and path != self.mine: self.study.add_trial(t)
 
-# %% ../nbs/70_search.ipynb #efe2eddd
+# %% ../nbs/70_search.ipynb #452957a9
 @patch
 def frame(self:Search) -> pd.DataFrame: # path (string), score, a column per cost, trial (order of finishing)
     "What was scored within the budgets, best first."
     rows = [dict(path=self.space.format(p), score=s, **self.cost(p), trial=i) for i,(p,s) in enumerate(self.told.items()) if self.fits(p)]
-    return pd.DataFrame(rows, columns=['path', 'score', *self.costs, 'trial']).sort_values('score', ascending=False, kind='stable', ignore_index=True)
+    frame = pd.DataFrame(rows, columns=['path', 'score', *self.costs, 'trial'])
+    return frame.sort_values('score', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/70_search.ipynb #25e9a6ee
 @patch
@@ -184,7 +186,7 @@ SAMPLERS = dict(     # algorithm -> sampler of a seed, paths drawn before it is 
     random=(lambda seed: RandomSampler(seed=seed), math.inf),
     exhaustive=(lambda seed: RandomSampler(seed=seed), math.inf))
 
-# %% ../nbs/70_search.ipynb #cf79af8b
+# %% ../nbs/70_search.ipynb #b271f2b8
 @patch
 def descend(self:Search,
     path:Path,    # where to start
@@ -220,7 +222,8 @@ def _drawn(self:Search, rng):
 @patch
 def _refuse(self:Search, lowest):
     asked = ' and '.join(f'{k} <= {most}' for k,most in self.budgets.items()) or 'its own rule'
-    raise ValueError(f'no path of space {self.space.name!r} meets {asked}, the lowest possible: {", ".join(f"{k} {lowest(k)}" for k in self.budgets)}')
+    possible = ', '.join(f'{k} {lowest(k)}' for k in self.budgets)
+    raise ValueError(f'no path of space {self.space.name!r} meets {asked}, the lowest possible: {possible}')
 
 @patch
 def candidates(self:Search,
@@ -233,7 +236,7 @@ def candidates(self:Search,
     if algorithm != 'exhaustive': return self._drawn(rng)
     raise ValueError(f'space {self.space.name!r} has {n:,} combinations, expected at most {ENUMERABLE:,} for an exhaustive search')
 
-# %% ../nbs/70_search.ipynb #035bbf20
+# %% ../nbs/70_search.ipynb #3fedfe97
 @patch
 def stroll(self:Search,
     path:Path, # where to start; it may break the rule of the space
@@ -272,7 +275,8 @@ def finish(self:Search,
     try:
         value = float(score(path))
         if math.isnan(value): raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
-        for k,v in dict(path=self.space.format(path), **self.cost(path)).items(): trial.set_user_attr(k, v if isinstance(v, str) else float(v))
+        for k,v in dict(path=self.space.format(path), **self.cost(path)).items():
+            trial.set_user_attr(k, v if isinstance(v, str) else float(v))
         self.record.add_trial(self.study.tell(trial, [value] + ([float(self.cost(path)[self.tradeoff])] if self.tradeoff else [])))
     finally: self._let_go()
     self.sync()

@@ -47,14 +47,15 @@ class Space:
         if self.is_valid and not self.is_valid(p): raise ValueError(f'path {p} breaks the rule of space {self.name!r}')
         return p
 
-# %% ../nbs/00_space.ipynb #d848f070
+# %% ../nbs/00_space.ipynb #9c6dc2db
 @patch
 def __iter__(self:Space) -> Iterator[Path]:
     "Every path, in the order of `index`; `ValueError` if a rule would have to be tried on more than a million combinations."
     combinations = itertools.product(*(range(n) for n in self.sizes))
     if self.is_valid is None: return combinations
     if math.prod(self.sizes) > 1_000_000:
-        raise ValueError(f'space {self.name!r} has {math.prod(self.sizes):,} combinations under a rule, expected at most 1,000,000 to enumerate')
+        n = math.prod(self.sizes)
+        raise ValueError(f'space {self.name!r} has {n:,} combinations under a rule, expected at most 1,000,000 to enumerate')
     return filter(self.is_valid, combinations)
 
 @patch
@@ -82,7 +83,7 @@ def at(self:Space,
     for n in reversed(self.sizes): index,o = divmod(index, n); p.append(o)
     return self.check(reversed(p))
 
-# %% ../nbs/00_space.ipynb #67ad157a
+# %% ../nbs/00_space.ipynb #66c4092f
 @patch
 def format(self:Space,
     path:Path, # op index per block
@@ -96,7 +97,8 @@ def parse(self:Space,
 ) -> Path: # op index per block
     "Path of a string; `ValueError` if it is none of this space."
     parts = s if max(self.sizes) <= 10 else s.split('-')
-    if not all(o.isdecimal() for o in parts): raise ValueError(f'path {s!r}, expected {len(self.blocks)} op numbers like {self.format(next(iter(self)))!r}')
+    if not all(o.isdecimal() for o in parts):
+        raise ValueError(f'path {s!r}, expected {len(self.blocks)} op numbers like {self.format(next(iter(self)))!r}')
     return self.check(parts)
 
 # %% ../nbs/00_space.ipynb #94a3bdd4

@@ -23,7 +23,7 @@ from .networks import NETS, X_SHAPES, subnet
 from .spaces import get_space
 from .train import train_alone
 
-# %% ../nbs/80_tables.ipynb #0276b93d
+# %% ../nbs/80_tables.ipynb #af204272
 COLUMNS = ['path', 'dataset', 'split', 'epochs', 'seed', 'acc', 'loss', 'macs', 'n_params']
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class Table:
         "Rows that match; `ValueError` if there are none, or if a column other than `seed` is left open with several values."
         rows = self.frame
         for k,v in keys.items():
-            if not (rows[k] == v).any(): raise ValueError(f'table {self.name!r} has no {k} {v!r}, expected one of {sorted(rows[k].unique().tolist())}')
+            if not (rows[k] == v).any():
+                raise ValueError(f'table {self.name!r} has no {k} {v!r}, expected one of {sorted(rows[k].unique().tolist())}')
             rows = rows[rows[k] == v]
         for k in ('dataset', 'split', 'epochs'):
-            if rows[k].nunique() > 1: raise ValueError(f'table {self.name!r} has several {k}: say which of {sorted(rows[k].unique().tolist())}')
+            if rows[k].nunique() > 1:
+                raise ValueError(f'table {self.name!r} has several {k}: say which of {sorted(rows[k].unique().tolist())}')
         return rows
 
     def per_seed(self,

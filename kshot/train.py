@@ -206,7 +206,7 @@ def load_tensors(
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{str(fname)!r} is no checkpoint of kshot: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/50_train.ipynb #042f0f47
+# %% ../nbs/50_train.ipynb #ffab0e22
 def _identity(cb:KShotCallback) -> dict: # what must agree between a checkpoint and a run
     space = cb.sampler.space
     return dict(format=1, space=space.name, blocks=[list(b.choices) for b in space.blocks], K=cb.learn.model.K,
@@ -219,13 +219,15 @@ def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
     momentum = {k: opt.state[b]['momentum_buffer'] for k,b in model.banks.items()}
     out = {f'weights/{n}': t for n,t in model.tensors().items()} | {f'momentum/{n}': t for n,t in model.tensors(momentum).items()}
     out |= {f'codes/{n}': t for n,t in self.codes.state_dict().items()}
-    if self.learns: out |= {f'adam/{i}/{k}': torch.as_tensor(v) for i,s in self.opt_codes.state_dict()['state'].items() for k,v in s.items()}
+    adam = self.opt_codes.state_dict()['state'] if self.learns else {}
+    out |= {f'adam/{i}/{k}': torch.as_tensor(v) for i,s in adam.items() for k,v in s.items()}
     if self.kept: out['kept'] = torch.stack([g for _,g in self.kept])
     out |= {'rng/loader': self.learn.dls.train.generator.get_state(), 'rng/torch': torch.get_rng_state()}
     if torch.cuda.is_available(): out['rng/cuda'] = torch.cuda.get_rng_state()
-    return out, dict(run=_identity(self), epoch=self.learn.epoch+1, n_epoch=self.learn.n_epoch, sampler=self.sampler.state(), kept=[p for p,_ in self.kept])
+    return out, dict(run=_identity(self), epoch=self.learn.epoch+1, n_epoch=self.learn.n_epoch,
+                     sampler=self.sampler.state(), kept=[p for p,_ in self.kept])
 
-# %% ../nbs/50_train.ipynb #b35404b3
+# %% ../nbs/50_train.ipynb #1e3aca7c
 def _part(tensors, prefix): return {n.removeprefix(prefix): t for n,t in tensors.items() if n.startswith(prefix)}
 
 @patch
@@ -247,7 +249,8 @@ def load_state(self:KShotCallback,
     meta:dict,                 # likewise
 ):
     "Go on where `state` was taken, in the middle of a fit; `ValueError` as in `load_model` or for another number of epochs."
-    if meta.get('n_epoch') != self.learn.n_epoch: raise ValueError(f"checkpoint of {meta.get('n_epoch')} epochs, expected {self.learn.n_epoch}")
+    if meta.get('n_epoch') != self.learn.n_epoch:
+        raise ValueError(f"checkpoint of {meta.get('n_epoch')} epochs, expected {self.learn.n_epoch}")
     self.load_model(tensors, meta)
     model, opt = self.learn.model, self.learn.opt.opt
     momentum, adam = model.from_tensors(_part(tensors, 'momentum/')), {}
@@ -260,7 +263,7 @@ def load_state(self:KShotCallback,
     torch.set_rng_state(tensors['rng/torch'])
     if torch.cuda.is_available() and 'rng/cuda' in tensors: torch.cuda.set_rng_state(tensors['rng/cuda'])
 
-# %% ../nbs/50_train.ipynb #f796fbfb
+# %% ../nbs/50_train.ipynb #c271bc7b
 def load_newest(
     folder:FilePath, # of a run
 ) -> tuple[dict[str, Tensor], dict]: # as `load_tensors`
@@ -299,7 +302,8 @@ class CheckpointCallback(Callback):
         if self.epoch < self.start: return
         loss, (_, valid_loss, acc) = torch.stack(self.losses).mean().item(), self.learn.recorder.values[-1]
         with torch.no_grad(): stats = code_stats(self.learn.k_shot.codes(self.learn.k_shot.panel))
-        self.log.append(dict(epoch=self.epoch+1, loss=loss, loss_valid=valid_loss, acc_valid=acc, **{f'code_{k}': v for k,v in stats.items()}))
+        row = dict(epoch=self.epoch+1, loss=loss, loss_valid=valid_loss, acc_valid=acc)
+        self.log.append(row | {f'code_{k}': v for k,v in stats.items()})
         tensors, meta = self.learn.k_shot.state()
         save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, {**meta, 'log': self.log})
         (self.folder/'log.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in self.log))
