@@ -24,7 +24,7 @@ demo: $(READY) ## train, rank, search and retrain on digits, and write runs/demo
 
 test: $(READY) ## all tests: the notebooks, then tests/; pytest has the last word on both
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --timing --flags "$(FLAGS)" 2>&1 | tee $(LOG)
-	@NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests --flags "$(FLAGS)"
+	@OMP_NUM_THREADS=1 NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests --flags "$(FLAGS)"
 
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs
@@ -41,6 +41,7 @@ docs: readme ## the site in _docs (needs Quarto)
 
 setup: $(READY) ## only the set-up
 
+# uv tries again with the machine's own certificates, which it needs behind some proxies
 $(READY): settings.ini setup.py
 	@set -e; \
 	if [ ! -x $(BIN)/python ]; then \
@@ -51,7 +52,8 @@ $(READY): settings.ini setup.py
 	    if command -v uv >/dev/null; then uv venv -q --python "$$py" $(VENV); else "$$py" -m venv $(VENV) || { rm -rf $(VENV); exit 2; }; fi; \
 	fi; \
 	uv=`command -v uv` || { uv=$(BIN)/uv; [ -x $$uv ] || $(BIN)/python -m pip install -q uv; }; \
-	$$uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'; \
+	set -- pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'; \
+	$$uv "$$@" || UV_SYSTEM_CERTS=1 $$uv "$$@"; \
 	$(BIN)/python -c 'import torch, torchvision' || { echo 'torch and torchvision do not fit each other: remove $(VENV) and try again' >&2; exit 2; }; \
 	touch $@
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['command', 'train', 'rank', 'search', 'retrain', 'tables', 'demo']
 
-# %% ../nbs/95_launch.ipynb #0dd21609
-import argparse, json, sys, time
+# %% ../nbs/95_launch.ipynb #4046711c
+import argparse, json, os, sys, time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import fields
@@ -14,6 +14,7 @@ from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path as FilePath
 import pandas as pd
+import torch
 from fastcore.docments import docments
 from .report import make_report
 from .runs import Config, environment, rank_run, rank_scores, read_run, retrain_run, score_run, search_run, train_run, write_run
@@ -61,7 +62,10 @@ def command(
         print(json.dumps(result) if as_json else text, file=out, flush=True)
     return main
 
-# %% ../nbs/95_launch.ipynb #c3c6fae7
+# %% ../nbs/95_launch.ipynb #4557c2a0
+def _one_thread():
+    if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
+
 def _report(folder): return make_report(folder/'report.html', f'kshot: {folder.name}', {folder.name: folder})
 
 @command
@@ -73,6 +77,7 @@ def train(
 ):
     "Train K-shot supernets. If it is interrupted, --resume goes on after the last whole epoch."
     folder = runs/name
+    _one_thread()
     try: train_run(Config(**config), folder, resume)
     except KeyboardInterrupt: print(f'\nto go on: kshot_train --name {name} --runs {runs} --resume', file=sys.stderr); raise
     _report(folder)
@@ -87,11 +92,12 @@ def rank(
     n:int=0,             # number of paths drawn; 0: all
 ):
     "Score the paths of a trained run and rank them against a table."
+    _one_thread()
     frame = rank_run(runs/name, table, n or None, progress=True)
     _report(runs/name)
     return read_run(runs/name)['results']['rank'], frame.round(3).to_string(index=False)
 
-# %% ../nbs/95_launch.ipynb #ef5da636
+# %% ../nbs/95_launch.ipynb #012f2e6e
 @command
 def search(
     name:str='run',      # of a trained run
@@ -103,6 +109,7 @@ def search(
     seed:int=0,          # of the search
 ):
     "Search a trained run for its best path. The same command goes on with a search that was interrupted; several may work on one."
+    _one_thread()
     search_run(runs/name, n, algorithm, dict(macs=macs or None, params=params or None), seed, progress=True)
     _report(runs/name)
     r = read_run(runs/name)['results']['search']
@@ -118,6 +125,7 @@ def retrain(
     seed:int=0,          # of weights, order and augmentation
 ):
     "Train one path alone and test it."
+    _one_thread()
     r = retrain_run(runs/name, path or None, epochs, seed, progress=True)
     return r, f'{r["path"]} alone: {r["acc_alone"]:.3f} on the test split, {r["acc_valid"]:.3f} on the validation split'
 
@@ -158,7 +166,7 @@ def _found(folder:FilePath) -> dict:
                 acc_alone=alone['acc_alone'], acc_table=float(truth[search['path']]), rank=rank(truth), of=len(truth),
                 rank_in_budget=rank(within), of_in_budget=len(within), best_in_budget=float(within.max()))
 
-# %% ../nbs/95_launch.ipynb #c86a5fac
+# %% ../nbs/95_launch.ipynb #58f98cd9
 @command
 def demo(
     name:str='demo',     # the folder is RUNS/NAME
@@ -170,6 +178,7 @@ def demo(
     "Train K-shot and one-shot supernets on digits, rank, search, retrain, report. The same command goes on where it was interrupted."
     folder, started, epochs = runs/name, time.time(), 3 if quick else 30
     asked = dict(K=K, quick=quick, seed=seed)
+    _one_thread()
     if not (folder/'run.json').exists(): write_run(folder, dict(config=asked, **environment(), results={}, seconds={}))
     record = read_run(folder)
     if record['config'] != asked:

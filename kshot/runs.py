@@ -6,7 +6,7 @@
 __all__ = ['CODES', 'Config', 'make_learner', 'environment', 'read_run', 'write_run', 'add_result', 'train_run', 'load_run',
            'calibration', 'score_run', 'rank_scores', 'rank_run', 'search_run', 'retrain_run']
 
-# %% ../nbs/93_runs.ipynb #efa71b9b
+# %% ../nbs/93_runs.ipynb #3a62698d
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,9 +14,9 @@ from pathlib import Path as FilePath
 import numpy as np
 import pandas as pd
 import torch
+import kshot
 from fastai.learner import Learner
 from torch import Tensor
-from . import __version__
 from .cost import macs_table, params_table
 from .data import get_data
 from .evaluate import accuracy_loss, fixed_batches, score_path, score_paths
@@ -64,14 +64,16 @@ def make_learner(
     return kshot_learner(NETS[config.space](), space, data, config.K, codes, config.sampler, config.seed, config.wd, config.even_step,
                          mode=config.mode, lr=config.lr_codes, warmup=config.warmup)
 
-# %% ../nbs/93_runs.ipynb #c9fa9b40
-def _commit() -> str|None: # of the code that runs, if it runs from a repository
-    git = subprocess.run(['git', '-C', FilePath(__file__).parent, 'describe', '--always', '--dirty'], capture_output=True, text=True)
+# %% ../nbs/93_runs.ipynb #50daff60
+def _commit() -> str|None: # the last one that changed the package, if it lies in a repository
+    where = FilePath(kshot.__file__).parent
+    try: git = subprocess.run(['git', '-C', where, 'log', '-1', '--format=%h', '--', where], capture_output=True, text=True)
+    except FileNotFoundError: return None
     return git.stdout.strip() or None
 
 def environment() -> dict:
     "Versions, commit and machine, as results are kept with."
-    versions = {p: version(p) for p in ('torch', 'fastai', 'optuna', 'numpy')} | {'kshot': __version__, 'python': platform.python_version()}
+    versions = {p: version(p) for p in ('torch', 'fastai', 'optuna', 'numpy')} | {'kshot': kshot.__version__, 'python': platform.python_version()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
     return dict(versions=versions, commit=_commit(), machine=dict(cores=os.cpu_count(), arch=platform.machine(), device=device))
 

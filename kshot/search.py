@@ -236,7 +236,7 @@ def candidates(self:Search,
     if algorithm != 'exhaustive': return self._drawn(rng)
     raise ValueError(f'space {self.space.name!r} has {n:,} combinations, expected at most {ENUMERABLE:,} for an exhaustive search')
 
-# %% ../nbs/70_search.ipynb #3fedfe97
+# %% ../nbs/70_search.ipynb #9f870208
 @patch
 def stroll(self:Search,
     path:Path, # where to start; it may break the rule of the space
@@ -275,8 +275,7 @@ def finish(self:Search,
     try:
         value = float(score(path))
         if math.isnan(value): raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
-        for k,v in dict(path=self.space.format(path), **self.cost(path)).items():
-            trial.set_user_attr(k, v if isinstance(v, str) else float(v))
+        trial.set_user_attr('path', self.space.format(path))
         self.record.add_trial(self.study.tell(trial, [value] + ([float(self.cost(path)[self.tradeoff])] if self.tradeoff else [])))
     finally: self._let_go()
     self.sync()

@@ -11,7 +11,7 @@ from conftest import ROOT, copy_tree
 from nbdev.doclinks import nbglob
 
 NBS, LIB = ROOT/'nbs', ROOT/'kshot'
-MAX_LINES, MEDIAN_LINES, MAX_WIDTH = 45, 15, 140 # lines of an export cell, characters of a line
+MAX_LINES, MEDIAN_LINES, MAX_WIDTH = 45, 18, 140 # lines of an export cell, characters of a line
 ROOMS = {p.stem.partition('_')[2]: p for p in sorted(NBS.glob('[0-9]*.ipynb'))} # module -> its notebook
 NUMBER = {name: p.stem.partition('_')[0] for name,p in ROOMS.items()}
 PAGES = sorted(p for p in NBS.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(NBS).parts))
