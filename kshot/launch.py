@@ -166,7 +166,7 @@ def _found(folder:FilePath) -> dict:
                 acc_alone=alone['acc_alone'], acc_table=float(truth[search['path']]), rank=rank(truth), of=len(truth),
                 rank_in_budget=rank(within), of_in_budget=len(within), best_in_budget=float(within.max()))
 
-# %% ../nbs/95_launch.ipynb #58f98cd9
+# %% ../nbs/95_launch.ipynb #08e891ed
 @command
 def demo(
     name:str='demo',     # the folder is RUNS/NAME
@@ -202,8 +202,8 @@ def demo(
 def _demo_text(record:dict, folder:FilePath) -> str:
     r = record['results']
     show = lambda v: f'tau {v["tau"]:6.3f}   95 % interval {v["low"]:6.3f} to {v["high"]:6.3f}   tau in the top 10 % {v["top_tau"]:6.3f}'
-    rows = [f'{k:10} {show(v)}' for k,v in r['rank'].items()]
+    rows = [f'{k:13} {show(v)}' for k,v in r['rank'].items()]
     s = r['search']
-    return '\n'.join([*rows, f'found      {s["path"]}: {s["macs"]:,} MACs, alone {s["acc_alone"]:.3f} (test); '
+    return '\n'.join([*rows, f'found         {s["path"]}: {s["macs"]:,} MACs, alone {s["acc_alone"]:.3f} (test); '
                       f'true rank {s["rank_in_budget"]} of {s["of_in_budget"]} within the budget, {s["rank"]} of {s["of"]} in all',
-                      f'report     {folder/"report.html"}'])
+                      f'report        {folder/"report.html"}'])

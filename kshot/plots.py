@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'GREY', 'SCALE', 'color_of', 'label_of', 'template', 'plot_rank', 'plot_accuracy', 'plot_protocol',
-           'plot_codes', 'mean_codes', 'plot_codes_by_op', 'pareto_front', 'plot_pareto', 'draw_path', 'plot_training',
-           'table_html', 'item_html', 'write_report']
+           'plot_codes', 'mean_codes', 'plot_codes_by_op', 'plot_pareto', 'draw_path', 'plot_training', 'table_html',
+           'item_html', 'write_report']
 
-# %% ../nbs/88_plots.ipynb #5fad4de3
+# %% ../nbs/88_plots.ipynb #e5ff8ff9
 import html, itertools, math, os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
+from .search import pareto
 from .space import Space
 
 # %% ../nbs/88_plots.ipynb #2c0c164c
@@ -273,18 +274,7 @@ def plot_codes_by_op(
     fig.update_yaxes(autorange='reversed', showgrid=False, tickfont_size=11).update_xaxes(side='top', showgrid=False)
     return _finish(fig, title, 'over all paths with that op at that block', 110+max(14, 24-len(m)//20)*len(m), margin=dict(t=96, b=12))
 
-# %% ../nbs/88_plots.ipynb #bf3b40dc
-def pareto_front(
-    cost,  # N numbers, lower is better
-    score, # N numbers, higher is better
-) -> np.ndarray: # indices of the front, by rising cost
-    "Rows that no other row beats in both cost and score."
-    cost, score = np.asarray(cost, float), np.asarray(score, float)
-    order = np.lexsort((-score, cost)) # cheapest first, of equal cost the best first
-    best = np.maximum.accumulate(score[order])
-    return order[score[order] > np.concatenate([[-np.inf], best[:-1]])] if len(order) else order
-
-# %% ../nbs/88_plots.ipynb #02aa22e6
+# %% ../nbs/88_plots.ipynb #0322a012
 _words = dict(macs='MACs', n_params='parameters', latency_ms='latency in ms', acc_super='supernet accuracy',
               acc_alone='stand-alone accuracy', loss='training loss', acc_valid='validation accuracy')
 
@@ -299,7 +289,7 @@ def plot_pareto(
     title, (f, note) = 'Score against cost', _finite(frame, cost, score)
     if f.empty: return _empty(title, note)
     f = pd.DataFrame(dict(x=f[cost], y=f[score], text=f.path if 'path' in f else f.index.astype(str))).reset_index(drop=True)
-    fig, front, star = go.Figure(), f.iloc[pareto_front(f.x, f.y)], f[f.text == found]
+    fig, front, star = go.Figure(), pareto(f, 'x', 'y'), f[f.text == found]
     fig.add_scatter(**f, name='paths', mode='markers', marker=dict(size=5, color=GREY, opacity=.5))
     fig.add_scatter(**front, name='Pareto front', mode='lines+markers', marker_size=6, line=dict(shape='hv', color=OKABE_ITO['blue']))
     if len(star):

@@ -16,10 +16,12 @@ from .runs import Config, load_run, rank_scores, read_run
 from .spaces import get_space
 from .tables import get_table, read_log
 
-# %% ../nbs/94_report.ipynb #66fef02f
+# %% ../nbs/94_report.ipynb #c53b0161
 def _read(folder, name): # a Parquet file of a run, or None
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
+
+def _names(runs): return {f'{k}_loss': f'{plots.label_of(k)}, by loss' for k in runs}
 
 def _rank_section(runs, table):
     "Scatter, accuracies and protocol of all runs that were scored."
@@ -31,11 +33,12 @@ def _rank_section(runs, table):
     taus = protocol.set_index('scorer')[['tau', 'low', 'high']].to_dict('index')
     both = pd.concat(frames, ignore_index=True)
     return [('Ranking', 'Supernet accuracy (validation) against stand-alone accuracy (test, mean of the seeds in the table). '
-             'Intervals are 95 % bootstrap intervals over paths.', plots.plot_rank(both, taus=taus, by='name'),
-             plots.plot_protocol(protocol.set_index('scorer')), protocol.round(3)),
+             'Intervals: 95 % bootstrap over paths. Regret, precision and search are of the n = 10 best scores.',
+             plots.plot_rank(both, taus=taus, by='name'),
+             plots.plot_protocol(protocol.set_index('scorer'), _names(scores)), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #13fb65e6
+# %% ../nbs/94_report.ipynb #0abd905a
 def _codes_section(folder):
     "Codes of all paths of a run with K > 1, if the space is small."
     config, learn = load_run(folder)
@@ -58,7 +61,9 @@ def _search_section(folder):
     alone = record['results'].get('retrain')
     text = f'{found["n"]} paths scored, best {found["path"]}: {found["macs"]:,} MACs, supernet accuracy {found["acc_super"]:.3f}' + \
            (f'; trained alone {alone["acc_alone"]:.3f} on the test split.' if alone and alone['path'] == found['path'] else '.')
-    return [('Search', text, plots.plot_pareto(frame, budget=found['budgets'].get('macs'), found=found['path']),
+    frame = frame.rename(columns={'score': 'supernet score (negative loss)'})
+    front = plots.plot_pareto(frame, score='supernet score (negative loss)', budget=found['budgets'].get('macs'), found=found['path'])
+    return [('Search', text, front,
              plots.draw_path(space, space.parse(found['path']), title=f'Found: {found["path"]}'))]
 
 # %% ../nbs/94_report.ipynb #d2502295

@@ -28,7 +28,7 @@ from .spaces import get_space
 from .tables import get_table, write_parquet
 from .train import CheckpointCallback, cosine, kshot_learner, load_newest, save_tensors, train_alone
 
-# %% ../nbs/93_runs.ipynb #470f2215
+# %% ../nbs/93_runs.ipynb #23a943e4
 @dataclass(frozen=True)
 class Config:
     "What to train, and how."
@@ -40,7 +40,7 @@ class Config:
     epochs:int=30          # of `passes` passes over the training set
     passes:int=25          # over the training set in an epoch
     bs:int=100             # images a batch
-    lr:float=.1            # learning rate of the supernets at the start of the cosine
+    lr:float=.05           # learning rate of the supernets at the start of the cosine
     lr_codes:float=1e-3    # learning rate of the code module
     warmup:float=.1        # share of training with uniform codes
     even_step:bool=True    # divide the banks' gradient by the code's squared length
@@ -64,7 +64,7 @@ def make_learner(
     return kshot_learner(NETS[config.space](), space, data, config.K, codes, config.sampler, config.seed, config.wd, config.even_step,
                          mode=config.mode, lr=config.lr_codes, warmup=config.warmup)
 
-# %% ../nbs/93_runs.ipynb #50daff60
+# %% ../nbs/93_runs.ipynb #0a6df003
 def _commit() -> str|None: # the last one that changed the package, if it lies in a repository
     where = FilePath(kshot.__file__).parent
     try: git = subprocess.run(['git', '-C', where, 'log', '-1', '--format=%h', '--', where], capture_output=True, text=True)
@@ -73,7 +73,8 @@ def _commit() -> str|None: # the last one that changed the package, if it lies i
 
 def environment() -> dict:
     "Versions, commit and machine, as results are kept with."
-    versions = {p: version(p) for p in ('torch', 'fastai', 'optuna', 'numpy')} | {'kshot': kshot.__version__, 'python': platform.python_version()}
+    versions = {p: version(p) for p in ('torch', 'fastai', 'optuna', 'numpy')}
+    versions |= {'kshot': kshot.__version__, 'python': platform.python_version()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
     return dict(versions=versions, commit=_commit(), machine=dict(cores=os.cpu_count(), arch=platform.machine(), device=device))
 
@@ -157,7 +158,7 @@ def score_run(
     write_parquet(scores, FilePath(folder)/'scores.parquet')
     return scores
 
-# %% ../nbs/93_runs.ipynb #552ee1e6
+# %% ../nbs/93_runs.ipynb #bc319c86
 def rank_scores(
     scores:pd.DataFrame|dict[str, pd.DataFrame], # what `score_run` returned, or name -> scores of several runs of one space
     table:str='digits', # name of a benchmark table
@@ -167,8 +168,11 @@ def rank_scores(
     runs = scores if isinstance(scores, dict) else {'supernet': scores}
     first = next(iter(runs.values()))
     per_seed = get_table(table).per_seed(first.path.tolist(), split=split).T.to_numpy()
-    return protocol({k: s.set_index('path').acc_super[first.path].to_numpy() for k,s in runs.items()}, per_seed.mean(0),
-                    baselines=dict(macs=first.macs.to_numpy(), params=first.n_params.to_numpy()), per_seed=per_seed)
+    scorers = {}
+    for k,s in runs.items():
+        s = s.set_index('path').loc[first.path]
+        scorers |= {k: s.acc_super.to_numpy(), f'{k}_loss': -s.loss_super.to_numpy()}
+    return protocol(scorers, per_seed.mean(0), dict(macs=first.macs.to_numpy(), params=first.n_params.to_numpy()), per_seed)
 
 def rank_run(
     folder:FilePath,    # of a run
@@ -182,7 +186,7 @@ def rank_run(
     add_result(folder, 'rank', {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}, started)
     return frame
 
-# %% ../nbs/93_runs.ipynb #bfb97a92
+# %% ../nbs/93_runs.ipynb #dcc3f136
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
@@ -196,14 +200,15 @@ def search_run(
     config, learn = load_run(folder)
     space, net, codes, batches = get_space(config.space), NETS[config.space](), learn.k_shot.codes, calibration(learn)
     def score(path):
-        with torch.no_grad(): return score_path(learn.model, path, codes([path])[0], learn.dls.valid, batches)[0]
+        with torch.no_grad(): return score_path(learn.model, path, codes([path])[0], learn.dls.valid, batches)
     costs = dict(macs=macs_table(net, X_SHAPES[config.space]), params=params_table(net))
     name = ' '.join([algorithm, *(f'{k}<={v:g}' for k,v in sorted(budgets.items()))])
-    frame = search(space, score, n, algorithm, seed, progress, costs=costs, budgets=budgets, storage=folder/'search.journal', name=name)
-    frame = frame.rename(columns={'score': 'acc_super'})
+    frame = search(space, lambda path: -score(path)[1], n, algorithm, seed, progress,
+                   costs=costs, budgets=budgets, storage=folder/'search.journal', name=name)
     write_parquet(frame, folder/'search.parquet')
     best = frame.iloc[0]
-    add_result(folder, 'search', dict(path=best.path, acc_super=float(best.acc_super), macs=int(best.macs), n_params=int(best.params),
+    acc, loss = score(space.parse(best.path))
+    add_result(folder, 'search', dict(path=best.path, acc_super=acc, loss_super=loss, macs=int(best.macs), n_params=int(best.params),
                                       n=len(frame), algorithm=algorithm, budgets=budgets), started)
     return frame
 

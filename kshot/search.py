@@ -94,7 +94,7 @@ def _quiet():
     try: yield
     finally: optuna.logging.set_verbosity(before)
 
-# %% ../nbs/70_search.ipynb #6a63b67f
+# %% ../nbs/70_search.ipynb #616ffc26
 class Search:
     "Paths of a space under budgets, and what they have scored; `ValueError` for a budget without a cost or another file or study."
     def __init__(self,
@@ -112,9 +112,9 @@ class Search:
         self.blocks = {f'{l:02} {b.name}':CategoricalDistribution(tuple(range(len(b.choices)))) for l,b in enumerate(space.blocks)}
         self.directions = ['maximize', 'minimize'] if tradeoff else ['maximize']
         about = dict(space=space.name, blocks=[[b.name, *b.choices] for b in space.blocks], tradeoff=tradeoff)
+        self.told, self.n_seen, self.n_done = {}, 0, 0 # path -> score; trials read; those within the budgets
         with _quiet(): self.record = _record(storage, name, self.directions, about)
         self.locks = FilePath(f'{storage}.locks') if storage else None
-        self.told, self.n_seen, self.n_done = {}, 0, 0 # path -> score; trials read; those within the budgets
         self.study, self.mine, self.claim = None, None, None # the sampler's study, the path in work and the lock on it
         self.sync()
 
@@ -324,7 +324,7 @@ def _bar(n, progress) -> Iterator[Callable]:
     yield show
     print(file=sys.stderr)
 
-# %% ../nbs/70_search.ipynb #5130e974
+# %% ../nbs/70_search.ipynb #e1bf37f2
 def search(
     space:Space,           # where to search
     score:Callable,        # `score(path)`, a number, higher is better
@@ -335,6 +335,7 @@ def search(
     **kwargs,              # costs, budgets, tradeoff, storage and name of `Search`
 ) -> pd.DataFrame:         # path (string), score, a column per cost, trial; best first
     "What `n` scored paths gave; `ValueError` as in `Search` and `Search.run`."
+    Search(space, **kwargs | dict(storage=None)).candidates(np.random.default_rng(0)) # a budget that none meets leaves no trace
     return Search(space, **kwargs).run(score, n, algorithm, seed, progress)
 
 # %% ../nbs/70_search.ipynb #5de61547

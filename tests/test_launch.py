@@ -54,14 +54,14 @@ def test_interrupted_training_ends_like_an_undisturbed_one(trained, how):
 def test_rank_search_retrain(trained):
     code, out, err = call('rank', '--runs', trained, '--name', 'whole', '--n', 30, '--json')
     assert code == 0, err
-    assert set(json.loads(out.splitlines()[-1])) == {'supernet', 'macs', 'params', 'ceiling'}
+    assert set(json.loads(out.splitlines()[-1])) == {'supernet', 'supernet_loss', 'macs', 'params', 'ceiling'}
     argv = ['--runs', trained, '--name', 'whole', '--algorithm', 'random', '--macs', 500_000, '--json']
     code, out, err = call('search', *argv, '--n', 5)
     assert code == 0, err
     first = json.loads(out.splitlines()[-1])
     code, out, err = call('search', *argv, '--n', 8)
     more = json.loads(out.splitlines()[-1])
-    assert (first['n'], more['n']) == (5, 8) and more['acc_super'] >= first['acc_super'] and more['macs'] <= 500_000
+    assert (first['n'], more['n']) == (5, 8) and more['loss_super'] <= first['loss_super'] and more['macs'] <= 500_000
     code, out, err = call('retrain', '--runs', trained, '--name', 'whole', '--epochs', 1, '--json')
     assert json.loads(out.splitlines()[-1])['path'] == more['path']
 
@@ -119,7 +119,7 @@ def test_demo_quick(tmp_path):
     record = json.loads(out.splitlines()[-1])
     assert record == json.loads((tmp_path/'demo/run.json').read_text())
     ranks, found = record['results']['rank'], record['results']['search']
-    assert set(ranks) == {'kshot', 'one_shot', 'macs', 'params', 'ceiling'}
+    assert set(ranks) == {'kshot', 'kshot_loss', 'one_shot', 'one_shot_loss', 'macs', 'params', 'ceiling'}
     assert all(r['low'] <= r['tau'] <= r['high'] for r in ranks.values())
     assert found['macs'] <= found['budget_macs'] and 1 <= found['rank_in_budget'] <= found['rank'] <= 625 and 0 < found['acc_alone'] < 1
     assert record['seconds'] > 0
