@@ -129,10 +129,10 @@ def bench_step(
         simplex_step=dict(over_one_shot_loop=ratio(loop, 'simplex', 'one_shot')), ms=ms(times) | ms(loop))
     return out | dict(peak_mib={f'K{K}': round(peak_mib(K, bs)) for K in Ks} | dict(plain=round(peak_mib(0, bs)))) if memory else out
 
-# %% ../nbs/97_bench.ipynb #4e28f4da
-@command
+# %% ../nbs/97_bench.ipynb #6bf83a9e
+@command(n_places=1)
 def bench(
-    what:str,            # step
+    what:str='step',     # what to measure: step
     bs:int=256,          # images a batch
     rounds:int=20,       # of each contestant
     save:FilePath=FilePath(), # JSON file to write

@@ -5,14 +5,19 @@
 # %% auto #0
 __all__ = ['DATA', 'TensorLoader', 'shift_and_noise', 'digits_splits', 'digits_data', 'get_data']
 
-# %% ../nbs/45_data.ipynb #fc690b3e
+# %% ../nbs/45_data.ipynb #21246ac8
+import warnings
 from collections.abc import Callable, Iterator
 import torch
-from fastai.data.core import DataLoaders
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
+
+# %% ../nbs/45_data.ipynb #a9811730
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)
+    from fastai.data.core import DataLoaders
 
 # %% ../nbs/45_data.ipynb #09648c53
 class TensorLoader:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['command', 'train', 'rank', 'search', 'retrain', 'tables', 'demo']
 
-# %% ../nbs/95_launch.ipynb #4046711c
+# %% ../nbs/95_launch.ipynb #1c6ecf04
 import argparse, json, os, sys, time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, signature
 from pathlib import Path as FilePath
 import pandas as pd
@@ -20,39 +20,39 @@ from .report import make_report
 from .runs import Config, environment, rank_run, rank_scores, read_run, retrain_run, score_run, search_run, train_run, write_run
 from .tables import TABLES, get_table, make_table
 
-# %% ../nbs/95_launch.ipynb #1efffb86
-def _add_arguments(parser, names, defaults, types, help):
-    for n in names:
-        default, t = defaults[n], types[n]
-        kwargs = dict(help=f'{help.get(n) or ""} (default: {default})' if default is not Parameter.empty else help.get(n))
-        if t is bool: parser.add_argument(f'--{n}', action=argparse.BooleanOptionalAction, default=default, **kwargs)
-        elif default is Parameter.empty: parser.add_argument(n, type=t, **kwargs)
-        else: parser.add_argument(f'--{n}', type=t, default=default, **kwargs)
+# %% ../nbs/95_launch.ipynb #9eba75e6
+def _add_argument(parser, name, has_place, default, type, help):
+    if default is not Parameter.empty: help = f'{help or ""} (default: {default})'
+    if has_place: parser.add_argument(name, type=type, default=default, nargs='?', help=help)
+    elif default is Parameter.empty: parser.add_argument(name, type=type, help=help)
+    elif type is bool: parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=default, help=help)
+    else: parser.add_argument(f'--{name}', type=type, default=default, help=help)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(message)
 
-def _parser(f:Callable) -> _Parser:
+def _parser(f:Callable, n_places:int) -> _Parser:
     "Parser of a function's arguments, and of `Config`'s where it takes `**config`."
-    parser, params = _Parser(f'kshot_{f.__name__}', description=f.__doc__), signature(f).parameters
-    named = [n for n,p in params.items() if p.kind != Parameter.VAR_KEYWORD]
-    _add_arguments(parser, named, {n: params[n].default for n in named}, {n: params[n].annotation for n in named}, docments(f))
-    if len(named) < len(params):
-        group = {x.name: x for x in fields(Config)}
-        _add_arguments(parser, group, {n: x.default for n,x in group.items()}, {n: x.type for n,x in group.items()}, docments(Config))
+    parser, docs, params = _Parser(f'kshot_{f.__name__}', description=f.__doc__), docments(f), signature(f).parameters
+    for i,(n,p) in enumerate(params.items()):
+        if p.kind != Parameter.VAR_KEYWORD: _add_argument(parser, n, i < n_places, p.default, p.annotation, docs.get(n))
+        else:
+            for x in fields(Config): _add_argument(parser, x.name, False, x.default, x.type, docments(Config).get(x.name))
     parser.add_argument('--json', action='store_true', help='print the result as one JSON object on the last line')
     return parser
 
-# %% ../nbs/95_launch.ipynb #7f33220e
+# %% ../nbs/95_launch.ipynb #b9216c4b
 def command(
-    f:Callable, # returns (result for JSON, text to read)
-) -> Callable:  # `f(argv=None)`, for `console_scripts`; ends the process
+    f:Callable|None=None, # returns (result for JSON, text to read); None: a decorator
+    n_places:int=0,       # how many of its first arguments are given by their place
+) -> Callable:            # `f(argv=None)`, for `console_scripts`; ends the process
     "Console command of a function."
+    if f is None: return partial(command, n_places=n_places)
     @wraps(f)
     def main(argv:list[str]|None=None):
         out, name = sys.stdout, f'kshot_{f.__name__}'
         try:
-            args = vars(_parser(f).parse_args(argv))
+            args = vars(_parser(f, n_places).parse_args(argv))
             as_json = args.pop('json')
             with redirect_stdout(sys.stderr): result, text = f(**args)
         except ValueError as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
@@ -97,7 +97,7 @@ def rank(
     _report(runs/name)
     return read_run(runs/name)['results']['rank'], frame.round(3).to_string(index=False)
 
-# %% ../nbs/95_launch.ipynb #012f2e6e
+# %% ../nbs/95_launch.ipynb #2db76364
 @command
 def search(
     name:str='run',      # of a trained run
@@ -105,12 +105,12 @@ def search(
     n:int=200,           # paths that are scored in the end
     algorithm:str='nsga2', # nsga2, tpe, random or exhaustive
     macs:float=0,        # largest number of multiply-accumulates; 0: no limit
-    params:float=0,      # largest number of parameters; 0: no limit
+    n_params:float=0,    # largest number of parameters; 0: no limit
     seed:int=0,          # of the search
 ):
     "Search a trained run for its best path. The same command goes on with a search that was interrupted; several may work on one."
     _one_thread()
-    search_run(runs/name, n, algorithm, dict(macs=macs or None, params=params or None), seed, progress=True)
+    search_run(runs/name, n, algorithm, dict(macs=macs or None, n_params=n_params or None), seed, progress=True)
     _report(runs/name)
     r = read_run(runs/name)['results']['search']
     costs = f'{r["macs"]:,} MACs, {r["n_params"]:,} parameters'
@@ -129,8 +129,8 @@ def retrain(
     r = retrain_run(runs/name, path or None, epochs, seed, progress=True)
     return r, f'{r["path"]} alone: {r["acc_alone"]:.3f} on the test split, {r["acc_valid"]:.3f} on the validation split'
 
-# %% ../nbs/95_launch.ipynb #e4d80e4d
-@command
+# %% ../nbs/95_launch.ipynb #056c08ee
+@command(n_places=2)
 def tables(
     action:str='list',   # list, show or make
     name:str='digits',   # of the table

@@ -6,7 +6,7 @@
 __all__ = ['CODES', 'Config', 'make_learner', 'environment', 'read_run', 'write_run', 'add_result', 'train_run', 'load_run',
            'calibration', 'score_run', 'rank_scores', 'rank_run', 'search_run', 'retrain_run']
 
-# %% ../nbs/93_runs.ipynb #3a62698d
+# %% ../nbs/93_runs.ipynb #c990d430
 import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 import kshot
-from fastai.learner import Learner
 from torch import Tensor
 from .cost import macs_table, params_table
 from .data import get_data
@@ -26,7 +25,7 @@ from .search import search
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode
 from .spaces import get_space
 from .tables import get_table, write_parquet
-from .train import CheckpointCallback, cosine, kshot_learner, load_newest, save_tensors, train_alone
+from .train import CheckpointCallback, Learner, cosine, kshot_learner, load_newest, save_tensors, train_alone
 
 # %% ../nbs/93_runs.ipynb #23a943e4
 @dataclass(frozen=True)
@@ -186,12 +185,12 @@ def rank_run(
     add_result(folder, 'rank', {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}, started)
     return frame
 
-# %% ../nbs/93_runs.ipynb #dcc3f136
+# %% ../nbs/93_runs.ipynb #5a3820aa
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
     algorithm:str='nsga2',  # see `kshot.search`
-    budgets:dict[str, float]|None=None, # largest 'macs' and 'params'; None: no limit
+    budgets:dict[str, float]|None=None, # largest 'macs' and 'n_params'; None: no limit
     seed:int=0,             # of the search
     progress:bool=False,    # show a bar?
 ) -> pd.DataFrame:          # scored paths, best first; also in `folder/search.parquet`
@@ -201,14 +200,14 @@ def search_run(
     space, net, codes, batches = get_space(config.space), NETS[config.space](), learn.k_shot.codes, calibration(learn)
     def score(path):
         with torch.no_grad(): return score_path(learn.model, path, codes([path])[0], learn.dls.valid, batches)
-    costs = dict(macs=macs_table(net, X_SHAPES[config.space]), params=params_table(net))
+    costs = dict(macs=macs_table(net, X_SHAPES[config.space]), n_params=params_table(net))
     name = ' '.join([algorithm, *(f'{k}<={v:g}' for k,v in sorted(budgets.items()))])
     frame = search(space, lambda path: -score(path)[1], n, algorithm, seed, progress,
                    costs=costs, budgets=budgets, storage=folder/'search.journal', name=name)
     write_parquet(frame, folder/'search.parquet')
     best = frame.iloc[0]
     acc, loss = score(space.parse(best.path))
-    add_result(folder, 'search', dict(path=best.path, acc_super=acc, loss_super=loss, macs=int(best.macs), n_params=int(best.params),
+    add_result(folder, 'search', dict(path=best.path, acc_super=acc, loss_super=loss, macs=int(best.macs), n_params=int(best.n_params),
                                       n=len(frame), algorithm=algorithm, budgets=budgets), started)
     return frame
 

@@ -6,16 +6,16 @@
 __all__ = ['by_decay', 'sgd', 'cosine', 'SkipValidation', 'train_alone', 'KShotCallback', 'kshot_learner', 'save_tensors',
            'load_tensors', 'load_newest', 'CheckpointCallback']
 
-# %% ../nbs/50_train.ipynb #d22c4324
+# %% ../nbs/50_train.ipynb #5f91416f
 import json, os, sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path as FilePath
 import numpy as np
 import torch
+from .data import DataLoaders # before fastai: it keeps a warning of its import quiet
 from fastai.callback.core import Callback, CancelEpochException, CancelStepException, CancelValidException
 from fastai.callback.schedule import ParamScheduler, SchedCos, combine_scheds
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper

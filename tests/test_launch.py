@@ -100,7 +100,7 @@ def test_full_disk_while_saving(trained, tmp_path):
 
 def test_tables_make_resumes(tmp_path):
     "Killed while a table is made: the finished trainings are not repeated."
-    args = ['--action', 'make', '--epochs', 1, '--seeds', 1, '--workers', 1, '--runs', tmp_path]
+    args = ['make', 'digits', '--epochs', 1, '--seeds', 1, '--workers', 1, '--runs', tmp_path]
     p = start('tables', *args, start_new_session=True)
     log = tmp_path/'tables/digits.jsonl'
     while p.poll() is None and (not log.exists() or log.read_text().count('\n') < 6): time.sleep(.05)
