@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #d8a4c4d0
-import json
+# %% ../nbs/94_report.ipynb #7dd125d1
 from pathlib import Path as FilePath
 import pandas as pd
 import torch
 from . import plots
-from .rank import kendall_tau
 from .runs import Config, load_run, rank_scores, read_run
 from .spaces import get_space
 from .tables import get_table, read_log

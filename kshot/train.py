@@ -178,7 +178,7 @@ def kshot_learner(
     loss = nn.CrossEntropyLoss(label_smoothing=.1)
     return Learner(dls, supernet, loss, opt_func=partial(sgd, wd=wd), splitter=by_decay, metrics=accuracy, cbs=cb)
 
-# %% ../nbs/50_train.ipynb #c2280dd5
+# %% ../nbs/50_train.ipynb #e815fa3a
 def save_tensors(
     fname:FilePath,            # written whole or not at all
     tensors:dict[str, Tensor], # by name
@@ -202,7 +202,7 @@ def load_tensors(
 ) -> tuple[dict[str, Tensor], dict]: # tensors by name, metadata
     "Tensors and metadata of a file; `ValueError` if it is missing, truncated or of another origin."
     try:
-        with safe_open(str(fname), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['kshot'])
+        with safe_open(str(fname), 'pt') as f: return {k: f.get_tensor(k).clone() for k in f.keys()}, json.loads(f.metadata()['kshot'])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{str(fname)!r} is no checkpoint of kshot: {str(e).splitlines()[0]}') from e
 
