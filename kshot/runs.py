@@ -157,7 +157,7 @@ def score_run(
     write_parquet(scores, FilePath(folder)/'scores.parquet')
     return scores
 
-# %% ../nbs/93_runs.ipynb #bc319c86
+# %% ../nbs/93_runs.ipynb #a99a3604
 def rank_scores(
     scores:pd.DataFrame|dict[str, pd.DataFrame], # what `score_run` returned, or name -> scores of several runs of one space
     table:str='digits', # name of a benchmark table
@@ -181,6 +181,7 @@ def rank_run(
 ) -> pd.DataFrame:      # as `rank_scores`
     "Score a run and rank its paths against a table."
     started = time.time()
+    get_table(table) # a wrong name fails before anything is scored
     frame = rank_scores(score_run(folder, n, progress), table)
     add_result(folder, 'rank', {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}, started)
     return frame

@@ -72,7 +72,7 @@ def test_bad_input_changes_nothing(trained):
         code, out, err = call(command, '--runs', trained, '--name', 'whole', *args)
         last = err.strip().splitlines()[-1]
         assert code == 2 and says in last and 'Traceback' not in err, err
-        if command != 'rank': assert content(trained) == before
+        assert content(trained) == before
 
 def test_another_K_or_a_damaged_checkpoint(trained, tmp_path):
     for p in (trained/'whole').rglob('*'):
