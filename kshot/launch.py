@@ -41,7 +41,7 @@ def _parser(f:Callable, n_places:int) -> _Parser:
     parser.add_argument('--json', action='store_true', help='print the result as one JSON object on the last line')
     return parser
 
-# %% ../nbs/95_launch.ipynb #b9216c4b
+# %% ../nbs/95_launch.ipynb #a811b3fe
 def command(
     f:Callable|None=None, # returns (result for JSON, text to read); None: a decorator
     n_places:int=0,       # how many of its first arguments are given by their place
@@ -55,7 +55,7 @@ def command(
             args = vars(_parser(f, n_places).parse_args(argv))
             as_json = args.pop('json')
             with redirect_stdout(sys.stderr): result, text = f(**args)
-        except ValueError as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+        except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
         except KeyboardInterrupt:
             print(f'\n{name}: interrupted; what is finished is kept, see {name} --help for how to go on', file=sys.stderr)
             sys.exit(130)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['mix', 'Slot', 'redraw', 'Supernet', 'check_code', 'fresh_stats']
 
-# %% ../nbs/20_supernet.ipynb #359730d1
+# %% ../nbs/20_supernet.ipynb #771689c9
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -18,32 +18,39 @@ from . import networks
 from .networks import Ops, op_modules, owner
 from .space import Path
 
-# %% ../nbs/20_supernet.ipynb #f8f363fa
+# %% ../nbs/20_supernet.ipynb #1703ae94
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, bank, codes, even_step):
+    def forward(ctx, bank, codes, even_step, slots):
         ctx.save_for_backward(bank, codes)
-        ctx.even_step = even_step
-        return codes @ bank
+        ctx.even_step, ctx.slots = even_step, slots
+        mixed = codes @ bank # (N, P)
+        return mixed if slots is None else tuple(_views(mixed, slots))
 
     @staticmethod
-    def backward(ctx, dw): # (N, P)
+    def backward(ctx, *grads):
         bank, codes = ctx.saved_tensors
+        if ctx.slots is None: dw, = grads
+        else:
+            dw = bank.new_empty(len(codes), bank.shape[1]) # each gradient is written once, to where it belongs
+            for v,g in zip(_views(dw, ctx.slots), grads): v.copy_(g)
         pull = codes/codes.square().sum(1, keepdim=True) if ctx.even_step else codes
         dbank = pull.T @ dw if ctx.needs_input_grad[0] else None # (K, P)
         dcodes = dw @ bank.T if ctx.needs_input_grad[1] else None # (N, K)
-        return dbank, dcodes, None
+        return dbank, dcodes, None, None
 
+# %% ../nbs/20_supernet.ipynb #e972f7e3
 def mix(
     bank:Tensor,  # `(K, P)` dictionary
     codes:Tensor, # `(N, K)` simplex codes
     even_step:bool=False, # divide the bank's gradient by the code's squared length?
-) -> Tensor:      # `(N, P)` weights at each code
+    slots:list|None=None, # what lies in a row; None: rows are wanted whole
+) -> Tensor|tuple[Tensor, ...]: # `(N, P)` weights at each code; or the tensors of `slots`, for the first code, for the second, ...
     "Weights at N points of the simplex; `ValueError` if K differs."
     if codes.ndim != 2 or codes.shape[1] != len(bank): raise ValueError(f'codes of shape {tuple(codes.shape)}, expected (N, {len(bank)})')
-    return _Mix.apply(bank, codes, even_step)
+    return _Mix.apply(bank, codes, even_step, slots)
 
-# %% ../nbs/20_supernet.ipynb #19ae1e9b
+# %% ../nbs/20_supernet.ipynb #699f7609
 class Slot(NamedTuple):
     "One tensor of the network inside the rows of a bank."
     names:tuple[str, ...] # its name, or names if it is tied
@@ -58,6 +65,10 @@ def _unflat(v:Tensor, shape:tuple[int, ...]) -> Tensor: # (*lead, P) -> (*lead, 
     if len(shape) != 4: return v.view(*lead, *shape)
     o,i,h,w = shape
     return v.view(*lead, o, h, w, i).movedim(-1, -3)
+
+def _views(rows:Tensor, slots:list[Slot]) -> Iterator[Tensor]: # rows (N, P): the tensors of the first, of the second, ...
+    sizes = [s.size for s in slots]
+    return (_unflat(v, s.shape) for row in rows for s,v in zip(slots, row.split(sizes)))
 
 # %% ../nbs/20_supernet.ipynb #33afca4a
 def redraw(
@@ -135,7 +146,7 @@ def _check_path(self:Supernet, path:Path):
     for l,(o,n) in enumerate(zip(path, self.sizes)):
         if not 0 <= o < n: raise ValueError(f'path {tuple(path)}: op {o} at block {l}, expected 0 to {n-1}')
 
-# %% ../nbs/20_supernet.ipynb #edff8f69
+# %% ../nbs/20_supernet.ipynb #2c350c7b
 @patch
 def _keys(self:Supernet, path:Path) -> list[tuple[int|None, str]]:
     "Block and key of each bank that a path reads."
@@ -157,9 +168,9 @@ def weights(self:Supernet,
     for (l,key),ids in users.items():
         c = codes if len(ids) == len(paths) else codes[ids]
         if c.ndim == 3: c = c.mean(1) if l is None else c[:,l]
-        slots = self.slots[key]
-        for i,row in zip(ids, mix(self.banks[key], c, self.even_step)):
-            for s,v in zip(slots, row.split([s.size for s in slots])): out[i].update(dict.fromkeys(s.names, _unflat(v, s.shape)))
+        tensors = iter(mix(self.banks[key], c, self.even_step, self.slots[key]))
+        for i in ids:
+            for s in self.slots[key]: out[i].update(dict.fromkeys(s.names, next(tensors)))
     return out
 
 # %% ../nbs/20_supernet.ipynb #95aca61f

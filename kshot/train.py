@@ -106,7 +106,14 @@ class KShotCallback(Callback):
         with torch.no_grad(): c = self.codes(paths)
         return c if self.is_warm or not self.learns else torch.full_like(c, 1/c.shape[-1])
 
-# %% ../nbs/50_train.ipynb #20873511
+# %% ../nbs/50_train.ipynb #6be4e1d7
+@patch
+def before_fit(self:KShotCallback):
+    "Begin clean, also after a fit that was interrupted in the middle of a step."
+    self.model.requires_grad_(True)
+    self.model.zero_grad()
+    self.kept = []
+
 @patch
 def before_batch(self:KShotCallback):
     "Hand paths and codes to the supernet."
