@@ -21,7 +21,7 @@ class Block:
     def __post_init__(self):
         if not self.choices: raise ValueError(f'block {self.name!r} has no choices: expected at least one')
 
-# %% ../nbs/00_space.ipynb #fdbabbce
+# %% ../nbs/00_space.ipynb #e51a300c
 Path = tuple[int, ...]
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Space:
     name:str # one word
     blocks:tuple[Block, ...] # choice blocks, first to last
     is_valid:Callable[[Path], bool]|None=None # rule of the space; None: every combination is a path
+    members:Callable[[], np.ndarray]|None=None # `(N, L)` one path of each architecture; None: every path is an architecture of its own
+    strings:tuple[Callable[[Path], str], Callable[[str], Path]]|None=None # prints and reads the strings of the space's own benchmark
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -47,20 +49,21 @@ class Space:
         if self.is_valid and not self.is_valid(p): raise ValueError(f'path {p} breaks the rule of space {self.name!r}')
         return p
 
-# %% ../nbs/00_space.ipynb #9c6dc2db
+# %% ../nbs/00_space.ipynb #1cb14d05
 @patch
 def __iter__(self:Space) -> Iterator[Path]:
-    "Every path, in the order of `index`; `ValueError` if a rule would have to be tried on more than a million combinations."
+    "Every path, or every member; `ValueError` if a rule would have to be tried on more than a million combinations."
+    if self.members is not None: return (tuple(p) for row in np.array_split(self.members(), 1000) for p in row.tolist())
     combinations = itertools.product(*(range(n) for n in self.sizes))
     if self.is_valid is None: return combinations
-    if math.prod(self.sizes) > 1_000_000:
-        n = math.prod(self.sizes)
+    if (n := math.prod(self.sizes)) > 1_000_000:
         raise ValueError(f'space {self.name!r} has {n:,} combinations under a rule, expected at most 1,000,000 to enumerate')
     return filter(self.is_valid, combinations)
 
-@patch
-def __len__(self:Space) -> int:
-    "Number of paths."
+@patch(as_prop=True)
+def n_paths(self:Space) -> int:
+    "Number of paths that iterating yields; `ValueError` as there."
+    if self.members is not None: return len(self.members())
     return math.prod(self.sizes) if self.is_valid is None else sum(1 for _ in self)
 
 # %% ../nbs/00_space.ipynb #d8ce8b35
@@ -83,7 +86,7 @@ def at(self:Space,
     for n in reversed(self.sizes): index,o = divmod(index, n); p.append(o)
     return self.check(reversed(p))
 
-# %% ../nbs/00_space.ipynb #66c4092f
+# %% ../nbs/00_space.ipynb #345d9e19
 @patch
 def format(self:Space,
     path:Path, # op index per block
@@ -92,14 +95,22 @@ def format(self:Space,
     return ('' if max(self.sizes) <= 10 else '-').join(map(str, self.check(path)))
 
 @patch
+def native(self:Space,
+    path:Path, # op index per block
+) -> str:      # what the space's benchmark calls it
+    "A path as its benchmark writes it; as `format` does, where there is no other way."
+    return self.format(path) if self.strings is None else self.strings[0](self.check(path))
+
+@patch
 def parse(self:Space,
-    s:str, # what `format` printed
+    s:str, # what `format` or `native` printed
 ) -> Path: # op index per block
     "Path of a string; `ValueError` if it is none of this space."
     parts = s if max(self.sizes) <= 10 else s.split('-')
-    if not all(o.isdecimal() for o in parts):
-        raise ValueError(f'path {s!r}, expected {len(self.blocks)} op numbers like {self.format(next(iter(self)))!r}')
-    return self.check(parts)
+    if parts and all(o.isdecimal() for o in parts): return self.check(parts)
+    if self.strings is not None: return self.check(self.strings[1](s))
+    example = ('' if max(self.sizes) <= 10 else '-').join('0'*len(self.blocks))
+    raise ValueError(f'path {s!r}, expected {len(self.blocks)} op numbers like {example!r}')
 
 # %% ../nbs/00_space.ipynb #94a3bdd4
 @patch
@@ -122,13 +133,14 @@ def neighbours(self:Space,
     near = (p[:l]+(o,)+p[l+1:] for l,n in enumerate(self.sizes) for o in range(n) if o != p[l])
     return [q for q in near if self.is_valid is None or self.is_valid(q)]
 
-# %% ../nbs/00_space.ipynb #13ad5ed2
+# %% ../nbs/00_space.ipynb #968d47dc
 @patch
 def sample(self:Space,
     rng:np.random.Generator, # source of the draws
     n:int,                   # number of paths
 ) -> list[Path]:             # with repetition
     "Paths drawn uniformly; `ValueError` if 10,000 combinations in a row break the rule."
+    if self.members is not None: return list(map(tuple, self.members()[rng.integers(len(self.members()), size=n)].tolist()))
     out, misses = [], 0
     while len(out) < n:
         p = tuple(rng.integers(0, self.sizes).tolist())

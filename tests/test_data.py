@@ -1,0 +1,179 @@
+"Images as other programs write and read them, splits that hold across processes, the real CIFAR-10, a GPU"
+import io, os, subprocess, sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from kshot.data import TensorLoader, crop_and_flip, get_data, image_splits, mean_std, move
+from kshot.images import IMAGE_SETS, find_images, load_images, read_images
+
+N_PER_CLASS = {'train': 5, 'test': 2}
+CODE = '''
+import hashlib, sys
+from kshot.data import get_data
+h = hashlib.sha256()
+for dl in get_data('cifar10', bs=5, folder=sys.argv[1]):
+    for x,y in dl: h.update(x.numpy().tobytes() + y.numpy().tobytes())
+print(h.hexdigest())
+'''
+
+def python2_string(b): return (b'U' + bytes([len(b)]) if len(b) < 256 else b'T' + len(b).to_bytes(4, 'little')) + b
+
+def python2_int(n): return b'J' + n.to_bytes(4, 'little', signed=True)
+
+def python2_value(
+    o, # str, int, list, dict or uint8 array
+) -> bytes: # opcodes
+    "What Python 2 and the numpy of 2009 write, which nothing writes any more."
+    if isinstance(o, str): return python2_string(o.encode())
+    if isinstance(o, int): return python2_int(o)
+    if isinstance(o, list): return b'](' + b''.join(map(python2_value, o)) + b'e'
+    if isinstance(o, dict): return b'}(' + b''.join(python2_value(k) + python2_value(v) for k,v in o.items()) + b'u'
+    dtype = b'cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNN' + python2_int(-1)*2 + b'K\x00tb'
+    empty = b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR'
+    return empty + b'(K\x01(' + b''.join(map(python2_int, o.shape)) + b't' + dtype + b'\x89' + python2_string(o.tobytes()) + b'tb'
+
+def python2_pickle(o): return b'\x80\x02' + python2_value(o) + b'.'
+
+@pytest.fixture(scope='module', params=['cifar10', 'cifar100'])
+def tiny(request, tmp_path_factory):
+    "Name of a small set, its pixels, labels and class names, and folders with its batches and its pictures"
+    name = request.param
+    s, rng, root = IMAGE_SETS[name], np.random.default_rng(0), tmp_path_factory.mktemp(name)
+    classes = [f'class_{c:03d}' for c in range(s.n_classes)]
+    raw = {k: (rng.integers(0, 256, (s.n_classes*n,3,32,32), np.uint8), rng.permutation(np.arange(s.n_classes*n)%s.n_classes)) for k,n in N_PER_CLASS.items()}
+    (root/'batches'/s.folder).mkdir(parents=True)
+    for k,files in (('train', s.train), ('test', s.test)):
+        for f,x,y in zip(files, np.array_split(raw[k][0], len(files)), np.array_split(raw[k][1], len(files))):
+            (root/'batches'/s.folder/f).write_bytes(python2_pickle({'data': x.reshape(len(x), -1), s.labels: y.tolist(), 'filenames': ['a.png']*len(x)}))
+    (root/'batches'/s.folder/s.meta).write_bytes(python2_pickle({s.names: classes}))
+    for k,(x,y) in raw.items():
+        for i,(o,c) in enumerate(zip(x, y)):
+            above = f'super_{c%20}' if name == 'cifar100' else '.' # fastai keeps CIFAR-100's superclasses
+            (f := root/'pictures'/name/k/above/classes[c]/f'{i}.png').parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(o.transpose(1, 2, 0)).save(f)
+    return name, raw, classes, root
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "An empty home of kshot, and no data folder but the one that is named"
+    monkeypatch.setenv('KSHOT_HOME', str(tmp_path/'home'))
+    monkeypatch.delenv('KSHOT_DATA', raising=False)
+    return tmp_path/'home'
+
+@pytest.fixture(scope='session')
+def cached(tmp_path_factory): return tmp_path_factory.mktemp('kshot') # decoded once for all tests
+
+def rows(x, y): return sorted((o.tobytes(), int(c)) for o,c in zip(np.asarray(x), y))
+
+def test_batches_as_torchvision_reads_them(tiny, home):
+    name, raw, classes, root = tiny
+    images, names = read_images(name, root/'batches')
+    assert names == classes
+    theirs = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)[name]
+    with patch('torchvision.datasets.cifar.check_integrity', return_value=True): # its checksums are those of the whole set
+        for k in raw:
+            set_ = theirs(root/'batches', train=k == 'train')
+            assert set_.classes == names
+            assert rows(*images[k]) == rows(set_.data.transpose(0, 3, 1, 2), set_.targets) == rows(*raw[k])
+
+def test_all_layouts_give_the_same_tensors(tiny, home):
+    name, raw, classes, root = tiny
+    (a, names_a), (b, names_b) = (read_images(name, root/o) for o in ('batches', 'pictures'))
+    assert [find_images(name, root/o).layout for o in ('batches', 'pictures')] == ['batches', 'folder']
+    assert names_a == names_b == classes
+    assert all(torch.equal(u, v) for k in raw for u,v in zip(a[k], b[k]))
+    assert len(list((home/'images').iterdir())) == 2
+
+def test_broken_batches(tiny, home, tmp_path):
+    name, raw, classes, root = tiny
+    s = IMAGE_SETS[name]
+    (there := tmp_path/s.folder).mkdir()
+    for f in (root/'batches'/s.folder).iterdir(): (there/f.name).write_bytes(f.read_bytes())
+    whole = (there/s.train[0]).read_bytes()
+    evil = b'cos\nsystem\n(U' + bytes([len(c := f'touch {tmp_path}/ran'.encode())]) + c + b'tR.' if len(str(tmp_path)) < 200 else b'cos\nsystem\n(U\x04truetR.'
+    for content,says in ((whole[:-100], s.train[0]), (b'', s.train[0]), (b'not a pickle', s.train[0]), (evil, 'system'), (python2_pickle({'data': 1}), "no 'data'")):
+        (there/s.train[0]).write_bytes(content)
+        with pytest.raises(ValueError, match=says) as e: read_images(name, there)
+        assert '\n' not in str(e.value)
+    assert not (tmp_path/'ran').exists() and not home.exists()
+    (there/s.train[0]).unlink()
+    with pytest.raises(ValueError, match=f'lacks the file {s.train[0]!r}'): read_images(name, tmp_path)
+
+def test_splits_are_disjoint_stratified_and_whole(tiny, home):
+    name, raw, _, root = tiny
+    n = IMAGE_SETS[name].n_classes
+    splits = image_splits(name, root/'pictures', portion=.6)
+    assert [len(x) for x,_ in splits.values()] == [3*n, 2*n, 2*n]
+    assert all((y.bincount() == len(y)//n).all() for _,y in splits.values())
+    assert rows(*map(torch.cat, zip(splits['train'], splits['valid']))) == rows(*raw['train']) and rows(*splits['test']) == rows(*raw['test'])
+    again, other = (image_splits(name, root/o, portion=.6) for o in ('pictures', 'batches'))
+    assert all(torch.equal(u, v) and torch.equal(u, w) for k in splits for u,v,w in zip(splits[k], again[k], other[k]))
+
+def test_seed_moves_order_and_augmentation_only(tiny, home):
+    name, _, _, root = tiny
+    a, b, c = (get_data(name, bs=10, seed=s, folder=root/'pictures') for s in (0, 1, 1))
+    assert all(torch.equal(u.x, v.x) and torch.equal(u.y, v.y) for u,v in zip(a, b))
+    first = [next(iter(o.train)) for o in (a, b, c)]
+    assert not torch.equal(first[0][0], first[1][0]) and torch.equal(first[1][0], first[2][0]) and torch.equal(first[1][1], first[2][1])
+    state = b.train.generator.get_state()
+    later = list(b.train)
+    b.train.generator.set_state(state)
+    assert all(torch.equal(u, v) for p,q in zip(later, b.train) for u,v in zip(p, q))
+
+def test_two_processes_at_once(tiny, home):
+    name, _, _, root = tiny
+    if name != 'cifar10': pytest.skip('one set is enough')
+    run = lambda o: subprocess.Popen([sys.executable, '-c', CODE, root/o], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out = [p.communicate(timeout=120) for p in [run('pictures'), run('pictures'), run('batches')]]
+    assert len({o for o,_ in out}) == 1 and len(out[0][0]) == 65 and not any(e for _,e in out)
+    files = sorted((home/'images').iterdir())
+    assert len(files) == 2 and all(load_images(f) for f in files)
+
+@pytest.fixture
+def cifar10(data, cached, monkeypatch):
+    "The real one, read once"
+    if not list(data.glob('cifar10_part*.npz')): pytest.skip(f'no CIFAR-10 in {data}')
+    monkeypatch.setenv('KSHOT_HOME', str(cached))
+    return data
+
+def test_real_cifar10(cifar10, cached):
+    images, names = read_images('cifar10', cifar10)
+    assert names == 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+    assert [y.bincount().tolist() for _,y in images.values()] == [[5000]*10, [1000]*10]
+    mean, std = mean_std(images['train'][0])
+    assert np.allclose(mean, [.4914, .4822, .4465], atol=5e-5) and np.allclose(std, [.2470, .2435, .2616], atol=5e-5)
+    assert len({o.tobytes() for x,_ in images.values() for o in x.numpy()}) == 60_000
+    with patch('kshot.images.decode_images', side_effect=AssertionError('decoded twice')): again, _ = read_images('cifar10', cifar10)
+    assert all(torch.equal(u, v) for k in images for u,v in zip(images[k], again[k]))
+    assert len(os.listdir(cached/'images')) == 1
+
+def test_real_loaders(cifar10):
+    dls = get_data('cifar10', bs=256, folder=cifar10)
+    assert [(len(dl), dl.bs) for dl in dls] == [(97, 256), (50, 500), (20, 500)]
+    x, y = zip(*list(dls)[1])
+    assert torch.cat(y).bincount().tolist() == [2500]*10
+    assert torch.cat(x).mean().abs() < .02 and abs(torch.cat(x).std() - 1) < .02
+    small = get_data('cifar10', bs=100, folder=cifar10, n_train=1000, n_valid=500, px=16)
+    assert [dl.x.shape for dl in small] == [(1000,3,16,16), (500,3,16,16), (10_000,3,16,16)]
+    assert small.train.y.bincount().tolist() == [100]*10
+
+@pytest.mark.cuda
+def test_loader_never_waits_for_the_gpu():
+    x, y = torch.randint(0, 256, (1000,3,32,32), dtype=torch.uint8), torch.arange(1000)%10
+    dl = TensorLoader(x, y, 128, augment=crop_and_flip, shuffle=True, stats=([.5]*3, [.25]*3))
+    plain = TensorLoader(x, y, 300, stats=([.5]*3, [.25]*3))
+    want = torch.cat([x for x,_ in plain])
+    dl.to('cuda'), plain.to('cuda')
+    torch.cuda.set_sync_debug_mode('error')
+    try: batches = list(dl)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert len(batches) == 7 and all(x.is_cuda and y.is_cuda and x.dtype == torch.float32 for x,y in batches)
+    assert torch.allclose(torch.cat([x for x,_ in plain]).cpu(), want, atol=1e-6)
+    dy, dx, flip = torch.randint(0, 9, (2,1000,1)), torch.randint(0, 9, (1000,1)), torch.randint(0, 2, (1000,1)).bool()
+    assert torch.equal(move(x.cuda(), dy[0].cuda(), dx.cuda(), 4, flip.cuda()).cpu(), move(x, dy[0], dx, 4, flip))
