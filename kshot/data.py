@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
     from fastai.data.core import DataLoaders
 
-# %% ../nbs/45_data.ipynb #f3f9902b
+# %% ../nbs/45_data.ipynb #7465e452
 class TensorLoader:
     "Batches of `(x, y)` tensors; usable as one of fastai's `DataLoaders`."
     n_inp = 1 # tensors of a batch that go into the network
@@ -37,12 +37,12 @@ class TensorLoader:
         shuffle:bool=False, # new order every epoch? then all batches have one size
         seed:int=0,        # of order and augmentation
         passes:int=1,      # over the images that count as one epoch
-        stats:tuple[Tensor, Tensor]|None=None, # mean and standard deviation `(C,)` that uint8 images are normalised by, of pixels 0-1; None: (0, 1)
+        stats:tuple[Tensor, Tensor]|None=None, # mean and deviation `(C,)` of pixels 0-1, to normalise uint8 images by; None: (0, 1)
     ):
         if not 0 < bs <= len(x): raise ValueError(f'batch size {bs}, expected 1 to {len(x)} for {len(x)} images')
         if stats and x.dtype != torch.uint8: raise ValueError(f'stats for {x.dtype} images, expected torch.uint8')
-        self.x, self.y, self.bs, self.augment, self.shuffle = x.contiguous(memory_format=torch.channels_last), y.long(), bs, augment, shuffle
-        self.passes = passes
+        self.x, self.y = x.contiguous(memory_format=torch.channels_last), y.long()
+        self.bs, self.augment, self.shuffle, self.passes = bs, augment, shuffle, passes
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.affine = to_floats(x, stats) if x.dtype == torch.uint8 else None
 
@@ -100,13 +100,13 @@ def move(
     idx = (torch.arange(B, device=dev)[:,None,None]*h + rows[:,:,None])*w + cols[:,None,:] # (B, H, W)
     return padded.reshape(-1, C).index_select(0, idx.view(-1)).view(B, H, W, C).permute(0, 3, 1, 2)
 
-# %% ../nbs/45_data.ipynb #7d2daf98
+# %% ../nbs/45_data.ipynb #c98ac505
 def crop_and_flip(
     x:Tensor,                  # `(B, C, H, W)` images, uint8 or float
     generator:torch.Generator, # source of the draws, on the images' device
     pixels:int=4,              # of zeros on each side
 ) -> Tensor:                   # `(B, C, H, W)`
-    "Each image cropped at its own place from its zero-padded self, every other one mirrored."
+    "Each image cropped at its own place from its zero-padded self, and mirrored with a chance of one half."
     dy, dx = torch.randint(0, 2*pixels+1, (2, len(x), 1), generator=generator, device=x.device)
     flip = torch.randint(0, 2, (len(x), 1), generator=generator, device=x.device).bool()
     return move(x, dy, dx, pixels, flip)
@@ -146,7 +146,7 @@ def digits_data(
     train = TensorLoader(*splits['train'], bs, augment=shift_and_noise, shuffle=True, seed=seed, passes=passes)
     return DataLoaders(train, *(TensorLoader(*splits[s], bs=len(splits[s][0])) for s in ('valid', 'test')))
 
-# %% ../nbs/45_data.ipynb #251f05bb
+# %% ../nbs/45_data.ipynb #cb7ea751
 def split_classes(
     y:Tensor,      # `(N,)` classes
     portion:float, # of every class that goes into the first part, 0-1, rounded to whole images
@@ -168,8 +168,8 @@ def balanced(
     if not n: return torch.arange(len(y))
     classes, counts = y.unique(return_counts=True)
     each, rest = divmod(n, len(classes))
-    if n < 0 or rest or each > counts.min():
-        raise ValueError(f'{n} images of {len(classes)} classes, expected a multiple of {len(classes)} up to {len(classes)*int(counts.min())}')
+    C, most = len(classes), int(counts.min())
+    if n < 0 or rest or each > most: raise ValueError(f'{n} images of {C} classes, expected a multiple of {C} up to {C*most}')
     return torch.cat([(y == c).nonzero()[:each,0] for c in classes]).sort()[0]
 
 # %% ../nbs/45_data.ipynb #776261b1
@@ -230,7 +230,7 @@ def image_data(
     even = lambda n: -(-n // -(-n//500)) # batches of at most 500 images, of one size but for the last, if it can't be helped
     return DataLoaders(train, *(TensorLoader(*splits[s], bs=even(len(splits[s][0])), stats=stats) for s in ('valid', 'test')))
 
-# %% ../nbs/45_data.ipynb #c4808600
+# %% ../nbs/45_data.ipynb #1ad85898
 DATA = {'digits': digits_data} | {name: partial(image_data, name) for name in IMAGE_SETS}
 
 def get_data(
@@ -240,5 +240,6 @@ def get_data(
     "Data by name; `ValueError` if there is none, or for a setting that it does not have."
     if name not in DATA: raise ValueError(f'data {name!r}, expected one of {", ".join(DATA)}')
     known = list(signature(DATA[name]).parameters)
-    if unknown := [k for k in kwargs if k not in known]: raise ValueError(f'data {name!r} has no setting {unknown[0]!r}, expected some of {", ".join(known)}')
+    for k in kwargs:
+        if k not in known: raise ValueError(f'data {name!r} has no setting {k!r}, expected some of {", ".join(known)}')
     return DATA[name](**kwargs)

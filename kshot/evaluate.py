@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['accuracy_loss', 'fixed_batches', 'recalibrate_bn', 'score_path', 'score_paths']
 
-# %% ../nbs/62_evaluate.ipynb #818f6c49
+# %% ../nbs/62_evaluate.ipynb #69193c25
 import copy
 from collections.abc import Callable, Iterable
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from .data import TensorLoader
 from .space import Path, Space
 from .supernet import Supernet, fresh_stats
@@ -33,7 +32,7 @@ def accuracy_loss(
     right, loss, n = torch.stack(sums).sum(0).tolist()
     return right/n, loss/n
 
-# %% ../nbs/62_evaluate.ipynb #8947c658
+# %% ../nbs/62_evaluate.ipynb #1f651046
 def fixed_batches(
     dl:TensorLoader, # of training images
     n:int,           # number of batches
@@ -54,12 +53,16 @@ def recalibrate_bn(
 ) -> dict[str, Tensor]: # running mean, variance and count by name
     "Batch-norm statistics of one path: reset, then averaged over `batches`."
     was, stats = supernet.training, fresh_stats(supernet, path)
+    norms = [supernet.net.get_submodule(n) for n in supernet._bn]
     supernet.eval() # everything but batch norm is as in evaluation
-    for m in supernet.net.modules():
-        if isinstance(m, _BatchNorm): m.train()
+    for m in norms: m.training = True
     try:
-        for x,_ in batches: supernet.run(x, path, weights, stats)
-    finally: supernet.train(was)
+        for i,(x,_) in enumerate(batches, 1):
+            for m in norms: m.momentum = 1/i # the running mean of i batches, counted here: torch would ask the device for i
+            supernet.run(x, path, weights, stats)
+    finally:
+        for m in norms: m.momentum = None
+        supernet.train(was)
     return stats
 
 # %% ../nbs/62_evaluate.ipynb #8f185bef

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'Slot', 'redraw', 'Supernet', 'check_code', 'fresh_stats']
 
-# %% ../nbs/20_supernet.ipynb #771689c9
+# %% ../nbs/20_supernet.ipynb #225a3ba5
 import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from . import networks
-from .networks import Ops, op_modules, owner
+from .networks import Ops, op_modules, op_owner, reads
 from .space import Path
 
 # %% ../nbs/20_supernet.ipynb #1703ae94
@@ -81,7 +81,7 @@ def redraw(
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
     return net
 
-# %% ../nbs/20_supernet.ipynb #b55b54a3
+# %% ../nbs/20_supernet.ipynb #e788521b
 class Supernet(nn.Module):
     "K-shot supernets of a single-path network; `ValueError` if K < 1 or `ops` don't fit."
     def __init__(self,
@@ -94,7 +94,8 @@ class Supernet(nn.Module):
         super().__init__()
         if K < 1: raise ValueError(f'K={K}, expected at least 1')
         self.K, self.even_step, self.ops = K, even_step, op_modules(net, ops)
-        self.sizes = tuple(1+max(o for l_,o in self.ops if l_ == l) for l in range(1+max(l for l,_ in self.ops)))
+        n_ops = lambda l: 1+max((o for l_,o in self.ops if l_ == l), default=0)
+        self.sizes = tuple(getattr(net, 'sizes', None) or map(n_ops, range(1+max(l for l,_ in self.ops)))) # choices of each block
         self.slots, self.banks = _slots(net, self.ops), nn.ParameterDict()
         draws = [net] + [redraw(copy.deepcopy(net)) for _ in range(K-1)]
         rows = [dict(n.named_parameters(remove_duplicate=False)) for n in draws]
@@ -102,7 +103,7 @@ class Supernet(nn.Module):
             self.banks[key] = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
         self.net, self._bn = _strip(copy.deepcopy(net))
 
-# %% ../nbs/20_supernet.ipynb #2e27b819
+# %% ../nbs/20_supernet.ipynb #1a726054
 def _bank_key(op:tuple[int, int]|None, ndim:int) -> str:
     return ('shared' if op is None else f'{op[0]}_{op[1]}') + ('' if ndim > 1 else '_1d')
 
@@ -110,10 +111,10 @@ def _slots(net:nn.Module, ops:dict) -> dict[str, list[Slot]]:
     "Slots of each bank, in the order of the network's parameters."
     tied = {} # id of a tensor -> its names
     for n,p in net.named_parameters(remove_duplicate=False): tied.setdefault(id(p), []).append(n)
-    slots = {}
+    slots, owner = {}, op_owner(ops)
     for p in net.parameters():
         names = tuple(tied[id(p)])
-        owners = {owner(n, ops) for n in names}
+        owners = {owner(n) for n in names}
         if len(owners) > 1: raise ValueError(f'parameter {names[0]!r} is tied over several ops: {", ".join(names)}')
         slots.setdefault(_bank_key(owners.pop(), p.ndim), []).append(Slot(names, tuple(p.shape), p.numel()))
     return slots
@@ -146,11 +147,11 @@ def _check_path(self:Supernet, path:Path):
     for l,(o,n) in enumerate(zip(path, self.sizes)):
         if not 0 <= o < n: raise ValueError(f'path {tuple(path)}: op {o} at block {l}, expected 0 to {n-1}')
 
-# %% ../nbs/20_supernet.ipynb #2c350c7b
+# %% ../nbs/20_supernet.ipynb #1dbf8e9e
 @patch
 def _keys(self:Supernet, path:Path) -> list[tuple[int|None, str]]:
     "Block and key of each bank that a path reads."
-    keys = [(None, 'shared'), (None, 'shared_1d')] + [(l, f'{l}_{o}{d}') for l,o in enumerate(path) for d in ('', '_1d')]
+    keys = [(None, 'shared'), (None, 'shared_1d')] + [(l, f'{l}_{o}{d}') for l,o,*_ in reads(self.net, path) for d in ('', '_1d')]
     return [(l,k) for l,k in keys if k in self.slots]
 
 @patch
@@ -218,16 +219,16 @@ def from_tensors(self:Supernet,
         return _flat(tensors[s.names[0]][k])
     return {key: torch.stack([torch.cat([row(s, k) for s in slots]) for k in range(self.K)]) for key,slots in self.slots.items()}
 
-# %% ../nbs/20_supernet.ipynb #c0d7f7f1
+# %% ../nbs/20_supernet.ipynb #3d6875a9
 def fresh_stats(
     supernet:Supernet, # knows its batch norms
     path:Path,         # op index per block
 ) -> dict[str, Tensor]: # running mean 0, variance 1 and count 0 by name
     "Batch-norm statistics of a path before any batch was seen."
-    off = lambda n: (op := owner(n, supernet.ops)) is not None and path[op[0]] != op[1]
+    owner, mine = op_owner(supernet.ops), {None, *(op[:2] for op in map(tuple, reads(supernet.net, path)))}
     out = {}
     for n in supernet._bn:
-        if off(n): continue
+        if owner(n) not in mine: continue
         c, like = supernet.net.get_submodule(n).num_features, next(iter(supernet.banks.values()))
         out.update({f'{n}.running_mean': like.new_zeros(c), f'{n}.running_var': like.new_ones(c),
                     f'{n}.num_batches_tracked': torch.zeros((), dtype=torch.long, device=like.device)})
