@@ -59,16 +59,17 @@ class TensorLoader:
                 x = self.x[idx] if self.augment is None else self.augment(self.x[idx], self.generator)
                 yield (x if self.affine is None else torch.addcmul(self.affine[1], x.float(), self.affine[0])), self.y[idx]
 
-# %% ../nbs/45_data.ipynb #80e47e29
+# %% ../nbs/45_data.ipynb #609c3eb8
 @patch
 def to(self:TensorLoader,
     device:torch.device, # where the images shall live
 ) -> TensorLoader:       # itself
     "The same images, order and augmentation on another device, as `DataLoaders.to` asks; the generator begins anew there."
-    if torch.device(device) != self.x.device:
-        self.x, self.y = self.x.to(device), self.y.to(device)
-        if self.affine: self.affine = tuple(o.to(device) for o in self.affine)
-        self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+    x = self.x.to(device)
+    if x.device != self.x.device: # 'cuda' and 'cuda:0' are the same device
+        self.x, self.y = x, self.y.to(x.device)
+        if self.affine: self.affine = tuple(o.to(x.device) for o in self.affine)
+        self.generator = torch.Generator(x.device).manual_seed(self.generator.initial_seed())
     return self
 
 def to_floats(

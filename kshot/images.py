@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from .unpickle import load_plain
 
-# %% ../nbs/43_images.ipynb #adc5c7c4
+# %% ../nbs/43_images.ipynb #451804c8
 class ImageSet(NamedTuple):
     "What a set of images looks like, and its python batches."
     n_classes:int   # labels 0 to n_classes-1
@@ -40,7 +40,8 @@ class ImageSet(NamedTuple):
     n_labels:int=0      # labels that the batches have; 0: n_classes. Classes from n_classes on are left out
 
 IMAGE_SETS = {
-    'cifar10': ImageSet(10, 32, 'cifar-10-batches-py', [f'data_batch_{i}' for i in '12345'], ['test_batch'], 'labels', 'batches.meta', 'label_names'),
+    'cifar10': ImageSet(10, 32, 'cifar-10-batches-py', [f'data_batch_{i}' for i in '12345'], ['test_batch'],
+                        meta='batches.meta', names='label_names'),
     'cifar100': ImageSet(100, 32, 'cifar-100-python', ['train'], ['test'], 'fine_labels', 'meta', 'fine_label_names'),
     'imagenet16': ImageSet(120, 16, 'ImageNet16', [f'train_data_batch_{i}' for i in range(1, 11)], ['val_data'], first=1, n_labels=1000)}
 
@@ -107,7 +108,7 @@ def decode_images(
         for _ in progress_bar(done, total=len(starts), leave=False) if len(starts) > 8 else done: pass
     return out
 
-# %% ../nbs/43_images.ipynb #ff9c5603
+# %% ../nbs/43_images.ipynb #87118ff1
 def read_folder(
     s:ImageSet,    # what is expected
     source:Source, # of layout 'folder'
@@ -116,7 +117,7 @@ def read_folder(
     inside = {k: [f for f in source.files if f.relative_to(source.root).parts[0] == k] for k in ('train', 'test')}
     found = {k: {f.parent.name for f in fs} for k,fs in inside.items()}
     for a,b in (('train', 'test'), ('test', 'train')):
-        if lacks := sorted(found[a] - found[b]): raise ValueError(f'{str(source.root/b)!r} has no images of class {lacks[0]!r} that {a} has')
+        if lacks := sorted(found[a] - found[b]): raise ValueError(f'{str(source.root/b)!r} has no images of class {lacks[0]!r} of {a}')
     names = sorted(found['train'])
     if len(names) != s.n_classes: raise ValueError(f'{str(source.root)!r} has {len(names)} classes, expected {s.n_classes}')
     label = {c: i for i,c in enumerate(names)}
@@ -153,7 +154,7 @@ def read_parts(
     out = {k: (decode_images([(names[i], views[i]) for i in pick(j)], s.px), labels[pick(j)]) for j,k in enumerate(('train', 'test'))}
     return out, classes[0]
 
-# %% ../nbs/43_images.ipynb #225888af
+# %% ../nbs/43_images.ipynb #dd828189
 def read_batch(
     s:ImageSet,  # what is expected
     fname:Path,  # a pickle
@@ -161,7 +162,7 @@ def read_batch(
     "Images of one batch file; `ValueError` if it holds anything else, and nothing of it is run."
     d = load_plain(fname)
     try: x, y = d['data'], np.asarray(d[s.labels])
-    except (KeyError, TypeError, IndexError) as e: raise ValueError(f"batch {str(fname)!r} has no 'data' and {s.labels!r}") from e
+    except (LookupError, TypeError, ValueError) as e: raise ValueError(f"batch {str(fname)!r} has no 'data' and {s.labels!r}") from e
     shape, n = (len(y) if y.ndim == 1 else -1, 3*s.px**2), s.n_labels or s.n_classes
     if getattr(x, 'dtype', None) != np.uint8 or x.shape != shape: raise ValueError(f'batch {str(fname)!r}: data is no uint8 array {shape}')
     if y.dtype.kind not in 'iu' or not ((s.first <= y) & (y < s.first + n)).all():

@@ -46,7 +46,7 @@ def importer(
         return read
     return decorate
 
-# %% ../nbs/78_importers.ipynb #6c8a141c
+# %% ../nbs/78_importers.ipynb #031e7b9d
 def _macro_rows(
     paths:Sequence[str], # N path strings
     acc:Any,             # `(N, 3)` percent
@@ -55,8 +55,8 @@ def _macro_rows(
     space, acc = get_space('macro'), np.asarray(acc, float)/100
     if acc.shape != (len(paths), 3): raise ValueError(f'accuracies {acc.shape}, expected 3 for each path')
     paths = [space.format(space.parse(p)) for p in paths]
-    return pd.concat([as_rows(path=paths, acc=acc[:,s], dataset='cifar10', split='test', epochs=50, seed=s, n_runs=1, **costs) for s in range(3)],
-                     ignore_index=True)
+    about = dict(path=paths, dataset='cifar10', split='test', epochs=50, n_runs=1, **costs)
+    return pd.concat([as_rows(acc=acc[:,s], seed=s, **about) for s in range(3)], ignore_index=True)
 
 @importer('the JSON of NAS-Bench-Macro')
 def import_macro(
@@ -153,7 +153,7 @@ def masked_crc32c(
     crc = crc32c(rows)
     return (crc >> 15 | crc << 17) + np.uint32(0xa282ead8)
 
-# %% ../nbs/78_importers.ipynb #55ad53c5
+# %% ../nbs/78_importers.ipynb #d459663a
 def read_tfrecord(
     fname:FilePath,   # TFRecord file, not compressed
     batch:int=10_000, # records whose checksums are taken at once
@@ -163,7 +163,8 @@ def read_tfrecord(
         for part in (0, 1): # the lengths, then the data
             sums = masked_crc32c([view[s[0]:s[0]+8] if part == 0 else view[s[0]+12:s[1]-4] for s in spans])
             stored = [int.from_bytes(view[s[0]+8:s[0]+12] if part == 0 else view[s[1]-4:s[1]], 'little') for s in spans]
-            if (wrong := np.flatnonzero(sums != np.array(stored, np.uint32))).size: raise ValueError(f'wrong checksum at byte {spans[wrong[0]][0]:,}')
+            wrong = np.flatnonzero(sums != np.array(stored, np.uint32))
+            if wrong.size: raise ValueError(f'wrong checksum at byte {spans[wrong[0]][0]:,}')
         return [view[a+12:b-4] for a,b in spans]
     with open(fname, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as view:
         pos, spans = 0, []
@@ -199,7 +200,7 @@ def wire_fields(
         if pos+n > len(data): raise ValueError('message is cut off')
         yield tag >> 3, data[pos:pos+n]; pos += n
 
-# %% ../nbs/78_importers.ipynb #77889b06
+# %% ../nbs/78_importers.ipynb #5d6a0ee9
 def _final(
     metrics:bytes, # message `ModelMetrics`
 ) -> tuple[float, float, int]: # validation accuracy, test accuracy, parameters
@@ -221,6 +222,7 @@ def _parse_record(record:bytes, cells:dict[str, tuple]) -> tuple[str, int, float
         cells[name] = ''.join(map(str, nb101_path(matrix, ops))), n_params
     return name, int(epochs), valid, test
 
+# %% ../nbs/78_importers.ipynb #61cbc839
 @importer('the TFRecord file of NAS-Bench-101')
 def import_nb101(
     source:FilePath, # nasbench_full.tfrecord or nasbench_only108.tfrecord
@@ -228,7 +230,8 @@ def import_nb101(
     "NAS-Bench-101 from its TFRecord file, without TensorFlow; `ValueError` for a wrong checksum or record."
     cells, seen, index, rows = {}, Counter(), {}, []
     is_long = source.stat().st_size > 50_000_000
-    for batch in progress_bar(read_tfrecord(source), total='noinfer', display=is_long): # with a number as total it would stop there
+    batches = read_tfrecord(source)
+    for batch in progress_bar(batches, total='noinfer') if is_long else batches: # with a number as total it would stop there
         for record in batch:
             name, epochs, valid, test = _parse_record(record, cells)
             rows.append((index.setdefault(name, len(index)), epochs, seen[name, epochs], valid, test))
@@ -236,10 +239,11 @@ def import_nb101(
     cell, epochs, seed, valid, test = map(np.array, zip(*rows, strict=True))
     paths, n_params = zip(*cells.values())
     coded = lambda values: pd.Categorical.from_codes(cell, pd.Index(values))
-    common = dict(path=coded(paths), dataset='cifar10', epochs=epochs, seed=seed, n_runs=1, n_params=np.array(n_params)[cell], hash=coded(list(cells)))
-    return pd.concat([as_rows(acc=acc, split=split, **common) for split,acc in (('valid', valid), ('test', test))], ignore_index=True)
+    about = dict(path=coded(paths), dataset='cifar10', epochs=epochs, seed=seed, n_runs=1)
+    about |= dict(n_params=np.array(n_params)[cell], hash=coded(list(cells)))
+    return pd.concat([as_rows(acc=acc, split=split, **about) for split,acc in (('valid', valid), ('test', test))], ignore_index=True)
 
-# %% ../nbs/78_importers.ipynb #0d1df121
+# %% ../nbs/78_importers.ipynb #da6b770c
 @importer('a Parquet of NAS-Bench-101')
 def import_nb101_parquet(
     source:FilePath, # columns hash, num_vertices, adj_upper, ops, params, val_acc_4ep, ...
@@ -252,10 +256,10 @@ def import_nb101_parquet(
         paths.append(''.join(map(str, nb101_path(matrix, ['input', *(NB101_OPS[int(o)] for o in ops), 'output']))))
     budgets = {int(m[1]): c for c in data if (m := re.fullmatch(r'val_acc_(\d+)ep', c))}
     if not budgets: raise ValueError('no column like val_acc_108ep')
-    return pd.concat([as_rows(path=paths, acc=data[c].astype(float), dataset='cifar10', split='valid', epochs=e, n_runs=1, n_params=data['params'],
-                              hash=data['hash']) for e,c in budgets.items()], ignore_index=True)
+    about = dict(path=paths, dataset='cifar10', split='valid', n_runs=1, n_params=data['params'], hash=data['hash'])
+    return pd.concat([as_rows(acc=data[c].astype(float), epochs=e, **about) for e,c in budgets.items()], ignore_index=True)
 
-# %% ../nbs/78_importers.ipynb #a4280b2b
+# %% ../nbs/78_importers.ipynb #da8081a6
 @importer('a JSON of NDS in the DARTS space')
 def import_nds(
     source:FilePath, # DARTS.json, DARTS_fix-w-d.json, DARTS_in.json, ...
@@ -265,13 +269,14 @@ def import_nds(
     for d in data['top'] + data['mid'] if isinstance(data, dict) else data:
         net = d['net']
         path = space.format(darts_path(net['genotype'], has_concat=True))
-        rows.append(dict(path=path, epochs=len(d['test_ep_top1']), seed=seen[path], acc=1-d['test_ep_top1'][-1]/100, macs=d['flops'], n_params=d['params'],
+        error = d['test_ep_top1'] # percent, epoch by epoch
+        rows.append(dict(path=path, epochs=len(error), seed=seen[path], acc=1-error[-1]/100, macs=d['flops'], n_params=d['params'],
                          width=net['width'], depth=net['depth']))
         seen[path] += 1
     return as_rows(dataset='imagenet' if source.stem.split('_')[1:2] == ['in'] else 'cifar10', split='test', n_runs=1,
                    **{k: [r[k] for r in rows] for k in rows[0]})
 
-# %% ../nbs/78_importers.ipynb #e19379f8
+# %% ../nbs/78_importers.ipynb #3c5b2c1f
 @importer('a Parquet of latencies')
 def import_latency(
     source:FilePath, # nas_bench_201_latency_help.parquet, beside nas_bench_201_12epoch.parquet or ..._200epoch.parquet
@@ -282,10 +287,11 @@ def import_latency(
     if not beside: raise ValueError('no nas_bench_201_12epoch.parquet beside it that says which cell has which index')
     cells = pd.read_parquet(beside[0], columns=['arch_index', 'arch_str']).set_index('arch_index').arch_str
     paths = [space.format(space.parse(a)) for a in cells[data['arch_index']]]
-    devices = [c for c in data if c.startswith('lat_ms_')]
-    return pd.concat([pd.DataFrame(dict(path=paths, device=c.removeprefix('lat_ms_'), latency_ms=data[c].astype(float))) for c in devices], ignore_index=True)
+    devices = [c.removeprefix('lat_ms_') for c in data if c.startswith('lat_ms_')]
+    frames = [pd.DataFrame(dict(path=paths, device=d, latency_ms=data[f'lat_ms_{d}'].astype(float))) for d in devices]
+    return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/78_importers.ipynb #cdc8a5d6
+# %% ../nbs/78_importers.ipynb #4c02ff92
 IMPORTERS = { # space -> ending of the source's name, '' for a folder -> importer
     'macro': {'.json': import_macro, '.parquet': import_macro_parquet},
     'nb201': {'': import_nb201, '.pbz2': import_nb201, '.pth': import_nb201, '.parquet': import_nb201_parquet},
@@ -293,12 +299,13 @@ IMPORTERS = { # space -> ending of the source's name, '' for a folder -> importe
     'nds': {'.json': import_nds}}
 RAW_FILES = { # space -> usual names of the sources, the best one first
     'macro': ('nas-bench-macro_cifar10.json', 'nas_bench_macro_cifar10.parquet'),
-    'nb201': ('NATS-tss-v1_0-3ffb9-simple', 'NATS-tss-v1_0-3ffb9.pickle.pbz2', 'NAS-Bench-201-v1_1-096897.pth', 'nas_bench_201_12epoch.parquet',
-              'nas_bench_201_200epoch.parquet'),
+    'nb201': ('NATS-tss-v1_0-3ffb9-simple', 'NATS-tss-v1_0-3ffb9.pickle.pbz2', 'NAS-Bench-201-v1_1-096897.pth',
+              'nas_bench_201_12epoch.parquet', 'nas_bench_201_200epoch.parquet'),
     'nb101': ('nasbench_full.tfrecord', 'nasbench_only108.tfrecord', 'nas_bench_101_subset*.parquet'),
     'nds': ('DARTS.json',)}
 RAW_LATENCY = {'nb201': 'nas_bench_201_latency_help.parquet'}
 
+# %% ../nbs/78_importers.ipynb #bb92203d
 def import_rows(
     space:str,       # a key of `IMPORTERS`
     source:FilePath, # file or folder as the benchmark hands it out

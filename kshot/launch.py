@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command', 'train', 'rank', 'search', 'retrain', 'tables', 'demo']
 
-# %% ../nbs/95_launch.ipynb #1c6ecf04
+# %% ../nbs/95_launch.ipynb #48461518
 import argparse, json, os, sys, time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -17,16 +17,17 @@ import pandas as pd
 import torch
 from fastcore.docments import docments
 from .report import make_report
-from .runs import Config, environment, rank_run, rank_scores, read_run, retrain_run, score_run, search_run, train_run, write_run
-from .tables import TABLES, get_table, make_table
+from .runs import (Config, ensure_trained, environment, get_truth, rank_run, rank_scores, rank_seeds, read_run, retrain_run,
+                        score_run, search_run, train_run, write_run)
+from .tables import baselines, get_table, import_table, list_tables, make_table, reference, summary
 
-# %% ../nbs/95_launch.ipynb #9eba75e6
+# %% ../nbs/95_launch.ipynb #83e07c2b
 def _add_argument(parser, name, has_place, default, type, help):
-    if default is not Parameter.empty: help = f'{help or ""} (default: {default})'
+    if default is not Parameter.empty: help = f'{help or ""} (default: {"the usual one of the space" if default is None else default})'
     if has_place: parser.add_argument(name, type=type, default=default, nargs='?', help=help)
     elif default is Parameter.empty: parser.add_argument(name, type=type, help=help)
     elif type is bool: parser.add_argument(f'--{name}', action=argparse.BooleanOptionalAction, default=default, help=help)
-    else: parser.add_argument(f'--{name}', type=type, default=default, help=help)
+    else: parser.add_argument(f'--{name}', type=getattr(type, '__args__', [type])[0], default=default, help=help) # the first of int|None
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(message)
@@ -62,9 +63,11 @@ def command(
         print(json.dumps(result) if as_json else text, file=out, flush=True)
     return main
 
-# %% ../nbs/95_launch.ipynb #4557c2a0
-def _one_thread():
-    if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
+# %% ../nbs/95_launch.ipynb #8c8a82ee
+def _threads(folder:FilePath|None=None, **config): # of a run that is there, or that will be
+    if folder is not None: config = read_run(folder).get('config', {})
+    is_small = config.get('space', 'digits') == 'digits' or 0 < config.get('px', 0) <= 16
+    if is_small and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
 
 def _report(folder): return make_report(folder/'report.html', f'kshot: {folder.name}', {folder.name: folder})
 
@@ -77,27 +80,49 @@ def train(
 ):
     "Train K-shot supernets. If it is interrupted, --resume goes on after the last whole epoch."
     folder = runs/name
-    _one_thread()
+    _threads(**config)
     try: train_run(Config(**config), folder, resume)
     except KeyboardInterrupt: print(f'\nto go on: kshot_train --name {name} --runs {runs} --resume', file=sys.stderr); raise
     _report(folder)
     result = read_run(folder)['results']['train']
     return result, f'{folder}: epoch {result["epoch"]}, loss {result["loss"]:.3f}, accuracy of 16 paths {result["acc_valid"]:.3f}'
 
+# %% ../nbs/95_launch.ipynb #f3f1fda6
 @command
 def rank(
-    name:str='run',      # of a trained run
+    name:str='run',      # of the experiment, or of a run that is trained already (its own arguments hold)
     runs:FilePath=FilePath('runs'), # folder of runs
-    table:str='digits',  # benchmark table, or a .parquet file
-    n:int=0,             # number of paths drawn; 0: all
+    table:str|None=None, # benchmark table, or a .parquet file
+    table_data:str|None=None,   # data set of the table
+    table_split:str|None=None,  # valid or test
+    table_epochs:int|None=None, # epochs of stand-alone training
+    n:int=0,             # number of paths that are scored, drawn from the table's; 0: all
+    seeds:int=1,         # trainings, with seeds from --seed on
+    n_calibration:int=4, # training batches for batch norm; 0: statistics of the scored batch itself
+    bf16:bool=False,     # score in bfloat16
+    **config,
 ):
-    "Score the paths of a trained run and rank them against a table."
-    _one_thread()
-    frame = rank_run(runs/name, table, n or None, progress=True)
-    _report(runs/name)
-    return read_run(runs/name)['results']['rank'], frame.round(3).to_string(index=False)
+    "Train K-shot supernets, score their paths and rank them against a table. The same command goes on with what was interrupted."
+    folder, how = runs/name, dict(n_calibration=n_calibration, bf16=bf16, progress=True)
+    is_run = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
+    space = read_run(folder)['config']['space'] if is_run else config['space']
+    asked = dict(table=table or dict(darts='nds').get(space, space), n=n or None, dataset=table_data, split=table_split, epochs=table_epochs)
+    _threads(folder) if is_run else _threads(**config)
+    if is_run: frame, of = rank_run(folder, asked, **how), {name: folder}
+    else:
+        config = Config(**config)
+        frame = rank_seeds(config, folder, asked, seeds, **how)
+        of = {f'seed_{s}': folder/f'seed_{s}' for s in range(config.seed, config.seed+seeds)}
+    make_report(folder/'report.html', f'kshot: {name}', of, asked)
+    return read_run(folder)['results']['rank'], _rank_text(frame)
 
-# %% ../nbs/95_launch.ipynb #2db76364
+def _rank_text(frame:pd.DataFrame) -> str:
+    few = 'scorer n_seeds tau tau_std low high spearman sparse_tau top_tau top_tau_std regret_n surpass_random'.split()
+    return _table_text(frame[[c for c in few if c in frame]].dropna(axis=1, how='all'))
+
+def _table_text(frame:pd.DataFrame) -> str: return frame.round(3).to_string(index=False)
+
+# %% ../nbs/95_launch.ipynb #43e84dc6
 @command
 def search(
     name:str='run',      # of a trained run
@@ -106,11 +131,14 @@ def search(
     algorithm:str='nsga2', # nsga2, tpe, random or exhaustive
     macs:float=0,        # largest number of multiply-accumulates; 0: no limit
     n_params:float=0,    # largest number of parameters; 0: no limit
+    latency_ms:float=0,  # largest latency on --device; 0: no limit
+    device:str='',       # one with a latency table (kshot_tables show lists them)
     seed:int=0,          # of the search
 ):
     "Search a trained run for its best path. The same command goes on with a search that was interrupted; several may work on one."
-    _one_thread()
-    search_run(runs/name, n, algorithm, dict(macs=macs or None, n_params=n_params or None), seed, progress=True)
+    _threads(runs/name)
+    budgets = dict(macs=macs or None, n_params=n_params or None, latency_ms=latency_ms or None)
+    search_run(runs/name, n, algorithm, budgets, device or None, seed, progress=True)
     _report(runs/name)
     r = read_run(runs/name)['results']['search']
     costs = f'{r["macs"]:,} MACs, {r["n_params"]:,} parameters'
@@ -125,36 +153,45 @@ def retrain(
     seed:int=0,          # of weights, order and augmentation
 ):
     "Train one path alone and test it."
-    _one_thread()
+    _threads(runs/name)
     r = retrain_run(runs/name, path or None, epochs, seed, progress=True)
     return r, f'{r["path"]} alone: {r["acc_alone"]:.3f} on the test split, {r["acc_valid"]:.3f} on the validation split'
 
-# %% ../nbs/95_launch.ipynb #056c08ee
-@command(n_places=2)
+# %% ../nbs/95_launch.ipynb #8600114d
+def _records(frame:pd.DataFrame) -> list[dict]: return json.loads(frame.to_json(orient='records'))
+
+@command(n_places=3)
 def tables(
-    action:str='list',   # list, show or make
-    name:str='digits',   # of the table
-    epochs:int=20,       # make: of each training
+    action:str='list',   # list, import, show, baselines or make
+    name:str='digits',   # of the table; import: of the benchmark
+    source:str='',       # import: file or folder as the benchmark hands it out; nothing: what KSHOT_DATA has
+    save_as:str='',      # import: of the table, if not as the benchmark
+    dataset:str='',      # baselines: of the accuracies
+    split:str='',        # baselines: of the accuracies
+    epochs:int=0,        # baselines: of the accuracies; make: of each training, 0: 20
+    n:int=0,             # baselines: number of paths, drawn at random; 0: all
     seeds:int=3,         # make: trainings of each path
     workers:int=0,       # make: processes; 0: one a core
     runs:FilePath=FilePath('runs'), # make: the table is written to RUNS/tables
 ):
-    "List the benchmark tables, show what is in one, or make it: train every path of a space alone (resumable)."
-    if action == 'list': return dict(tables=list(TABLES)), '\n'.join(TABLES)
-    if action == 'make': table = make_table(name, runs/'tables', epochs, seeds, n_workers=workers or None)
+    "List the benchmark tables, import one from its authors' file, show what it holds, how well counting ranks it, or make one (resumable)."
+    if action == 'list':
+        found = list_tables()
+        return dict(tables=found), _table_text(pd.DataFrame(found))
+    if action == 'baselines':
+        table = get_table(name)
+        asked = reference(table, dataset or None, split or None, epochs or None)
+        frame = baselines(table, n or None, **asked)
+        result = {r.pop('scorer'): r for r in _records(frame)}
+        return dict(name=table.name, **asked, baselines=result), f'{" ".join(map(str, asked.values()))} epochs\n{_table_text(frame)}'
+    if action == 'make': table = make_table(name, runs/'tables', epochs or 20, seeds, n_workers=workers or None)
+    elif action == 'import': table = import_table(name, source or None, save_as or None)
     elif action == 'show': table = get_table(name)
-    else: raise ValueError(f'action {action!r}, expected list, show or make')
-    about = table.frame.groupby(['dataset', 'split', 'epochs']).agg(paths=('path', 'nunique'), seeds=('seed', 'nunique'),
-        acc_min=('acc', 'min'), acc_median=('acc', 'median'), acc_max=('acc', 'max')).reset_index()
-    return dict(name=table.name, splits=json.loads(about.to_json(orient='records'))), about.round(3).to_string(index=False)
+    else: raise ValueError(f'action {action!r}, expected list, import, show, baselines or make')
+    about = summary(table)
+    return dict(name=table.name, space=table.space, source=table.source, splits=_records(about)), _table_text(about)
 
-# %% ../nbs/95_launch.ipynb #2cbb3c43
-def _train_and_score(config:Config, folder:FilePath):
-    "A trained and scored run: whatever of it is there is kept."
-    begun = (folder/'run.json').exists()
-    if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun)
-    if not (folder/'scores.parquet').exists(): score_run(folder, progress=True)
-
+# %% ../nbs/95_launch.ipynb #86402eea
 def _found(folder:FilePath) -> dict:
     "What search and retraining found, with its true rank among all paths and among those within the budget (1 = best)."
     results, truth = read_run(folder)['results'], get_table('digits').mean(split='test')
@@ -166,7 +203,7 @@ def _found(folder:FilePath) -> dict:
                 acc_alone=alone['acc_alone'], acc_table=float(truth[search['path']]), rank=rank(truth), of=len(truth),
                 rank_in_budget=rank(within), of_in_budget=len(within), best_in_budget=float(within.max()))
 
-# %% ../nbs/95_launch.ipynb #08e891ed
+# %% ../nbs/95_launch.ipynb #81d5d0fd
 @command
 def demo(
     name:str='demo',     # the folder is RUNS/NAME
@@ -178,7 +215,7 @@ def demo(
     "Train K-shot and one-shot supernets on digits, rank, search, retrain, report. The same command goes on where it was interrupted."
     folder, started, epochs = runs/name, time.time(), 3 if quick else 30
     asked = dict(K=K, quick=quick, seed=seed)
-    _one_thread()
+    _threads()
     if not (folder/'run.json').exists(): write_run(folder, dict(config=asked, **environment(), results={}, seconds={}))
     record = read_run(folder)
     if record['config'] != asked:
@@ -187,15 +224,15 @@ def demo(
         both = {'kshot': Config(K=K, epochs=epochs, seed=seed), 'one_shot': Config(K=1, epochs=epochs, seed=seed)}
         for k,config in both.items():
             print(f'{k}: {config.K} supernet{"s" if config.K > 1 else ""}, {epochs*config.passes*8:,} updates')
-            _train_and_score(config, folder/k)
-        ranks = rank_scores({k: pd.read_parquet(folder/k/'scores.parquet') for k in both})
+            ensure_trained(config, folder/k)
+        ranks = rank_scores({k: score_run(folder/k, progress=True) for k in both}, get_truth('digits'))
         best = folder/'kshot'
         budget = dict(macs=float(get_table('digits').frame.macs.median()))
         search_run(best, n=50 if quick else 200, budgets=budget, seed=seed, progress=True)
         retrain_run(best, seed=seed)
         record['results'] = dict(rank=json.loads(ranks.set_index('scorer').to_json(orient='index')), search=_found(best))
         record['seconds'] = round(time.time()-started, 1)
-        make_report(folder/'report.html', 'kshot demo: digits', {k: folder/k for k in both})
+        make_report(folder/'report.html', 'kshot demo: digits', {k: folder/k for k in both}, dict(table='digits'))
         write_run(folder, record)
     return record, _demo_text(record, folder)
 

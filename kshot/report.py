@@ -5,47 +5,48 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #7dd125d1
+# %% ../nbs/94_report.ipynb #6c84bf2c
 from pathlib import Path as FilePath
+import numpy as np
 import pandas as pd
 import torch
 from . import plots
-from .runs import Config, load_run, rank_scores, read_run
+from .runs import get_truth, load_run, rank_scores, read_run
 from .spaces import get_space
-from .tables import get_table, read_log
+from .tables import read_log
 
-# %% ../nbs/94_report.ipynb #c53b0161
+# %% ../nbs/94_report.ipynb #e02c9d70
 def _read(folder, name): # a Parquet file of a run, or None
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
 
 def _names(runs): return {f'{k}_loss': f'{plots.label_of(k)}, by loss' for k in runs}
 
-def _rank_section(runs, table):
+def _rank_section(runs, asked):
     "Scatter, accuracies and protocol of all runs that were scored."
     scores = {k: s for k,f in runs.items() if (s := _read(f, 'scores')) is not None}
-    if not scores: return []
-    protocol = rank_scores(scores, table)
-    truth = get_table(table).mean(split='test')
+    if not scores or asked is None: return []
+    truth = get_truth(**asked)
+    scores = {k: s[s.path.isin(truth.index)] for k,s in scores.items()}
+    protocol, truth, what = rank_scores(scores, truth), truth.mean(axis=1), ', '.join(f'{k} {v}' for k,v in asked.items() if v is not None)
     frames = [s.assign(name=k, acc_alone=truth[s.path].to_numpy()) for k,s in scores.items()]
     taus = protocol.set_index('scorer')[['tau', 'low', 'high']].to_dict('index')
     both = pd.concat(frames, ignore_index=True)
-    return [('Ranking', 'Supernet accuracy (validation) against stand-alone accuracy (test, mean of the seeds in the table). '
+    return [('Ranking', f'Supernet accuracy (validation) against stand-alone accuracy ({what}; mean of its seeds). '
              'Intervals: 95 % bootstrap over paths. Regret, precision and search are of the n = 10 best scores.',
              plots.plot_rank(both, taus=taus, by='name'),
              plots.plot_protocol(protocol.set_index('scorer'), _names(scores)), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #0abd905a
+# %% ../nbs/94_report.ipynb #a349b95f
 def _codes_section(folder):
-    "Codes of all paths of a run with K > 1, if the space is small."
+    "Codes of the scored paths of a run with K > 1, or of a sample if it was not scored."
     config, learn = load_run(folder)
-    space = get_space(config.space)
-    if config.K == 1 or len(space) > 20_000: return []
-    paths = list(space)
+    if config.K == 1: return []
+    space, scores = get_space(config.space), _read(folder, 'scores')
+    paths = sorted(set(space.sample(np.random.default_rng(0), 2000))) if scores is None else [space.parse(p) for p in scores.path]
     with torch.no_grad(): codes = learn.k_shot.codes(paths).cpu().numpy()
-    scores = _read(folder, 'scores')
-    color = None if scores is None or len(scores) != len(paths) else scores.acc_super.to_numpy()
+    color = None if scores is None else scores.acc_super.to_numpy()
     text = f'Each of the {len(paths)} paths mixes {config.K} supernets; a code of 1/{config.K} everywhere is the centre of the simplex.'
     return [('Simplex codes', text,
              plots.plot_codes(codes, [space.format(p) for p in paths], color=color, color_name='supernet accuracy'),
@@ -64,16 +65,17 @@ def _search_section(folder):
     return [('Search', text, front,
              plots.draw_path(space, space.parse(found['path']), title=f'Found: {found["path"]}'))]
 
-# %% ../nbs/94_report.ipynb #d2502295
+# %% ../nbs/94_report.ipynb #67f6a3c8
 def make_report(
     fname:FilePath,          # html, replaced whole
     title:str,               # of the page
     runs:dict[str, FilePath], # name -> folder of a run, all of one space
-    table:str='digits',      # stand-alone accuracies
+    asked:dict|None=None,    # arguments of `kshot.runs.get_truth`; None: what the first run was ranked against, if it was
 ) -> FilePath:               # `fname`
     "Write the report of one run or of several side by side."
+    asked = asked or next((t for f in runs.values() if (t := read_run(f)['results'].get('truth'))), None)
     log = [dict(r, name=k) for k,f in runs.items() for r in read_log(FilePath(f)/'log.jsonl')]
-    sections = _rank_section(runs, table)
+    sections = _rank_section(runs, asked)
     for f in runs.values(): sections += _search_section(f) + _codes_section(f)
     if log: sections.append(('Training', 'Accuracy is the mean over 16 fixed paths on the validation split, with batch statistics.',
                              plots.plot_training(log)))

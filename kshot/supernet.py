@@ -39,7 +39,7 @@ class _Mix(torch.autograd.Function):
         dcodes = dw @ bank.T if ctx.needs_input_grad[1] else None # (N, K)
         return dbank, dcodes, None, None
 
-# %% ../nbs/20_supernet.ipynb #e972f7e3
+# %% ../nbs/20_supernet.ipynb #d9ab6010
 def mix(
     bank:Tensor,  # `(K, P)` dictionary
     codes:Tensor, # `(N, K)` simplex codes
@@ -48,7 +48,7 @@ def mix(
 ) -> Tensor|tuple[Tensor, ...]: # `(N, P)` weights at each code; or the tensors of `slots`, for the first code, for the second, ...
     "Weights at N points of the simplex; `ValueError` if K differs."
     if codes.ndim != 2 or codes.shape[1] != len(bank): raise ValueError(f'codes of shape {tuple(codes.shape)}, expected (N, {len(bank)})')
-    return _Mix.apply(bank, codes, even_step, slots)
+    with torch.autocast(bank.device.type, enabled=False): return _Mix.apply(bank, codes, even_step, slots) # in full precision
 
 # %% ../nbs/20_supernet.ipynb #699f7609
 class Slot(NamedTuple):

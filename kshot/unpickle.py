@@ -64,7 +64,7 @@ def _unwrap(o):
     if isinstance(o, list): o[:] = map(_unwrap, o)
     return o
 
-# %% ../nbs/42_unpickle.ipynb #ceaf7acd
+# %% ../nbs/42_unpickle.ipynb #d64a5627
 _torch_heads = b'PK\x03\x04', b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.' # a zip; the magic number of older files
 _packed = {b'BZh': bz2.open, b'\x1f\x8b': gzip.open}
 
@@ -87,7 +87,7 @@ def load_plain(
     source:bytes|str|os.PathLike, # the pickle itself or its file; a file may be compressed by bzip2 or gzip
     encoding:str='latin1',        # of Python 2's strings; 'bytes' keeps them as bytes
 ) -> Any:                         # what was pickled
-    "Content of a pickle of plain values; one line of `ValueError` that names the global if it asks for anything else, or says why it cannot be read."
+    "Content of a pickle of plain values; `ValueError`, one line, if it asks for anything else (named) or cannot be read."
     name = 'pickle' if isinstance(source, bytes) else f'pickle {str(source)!r}'
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else FilePath(source).open('rb') as file: return _load(file, encoding)
