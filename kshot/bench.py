@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['plain_step', 'supernet_step', 'naive_step', 'simplex_step', 'one_shot_loop', 'interleaved', 'ratio', 'peak_mib',
-           'bench_step', 'bench']
+           'bench_step', 'bench_score', 'bench']
 
-# %% ../nbs/97_bench.ipynb #58605691
+# %% ../nbs/97_bench.ipynb #d5389336
 import json, statistics, subprocess, sys, time
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from .evaluate import score_chain, score_path
 from .launch import command
-from .networks import macro_net
+from .networks import NETS, Chain, get_net, macro_net
 from .runs import environment
 from .spaces import get_space
 from .supernet import Supernet
 from .train import by_decay, sgd
 
-# %% ../nbs/97_bench.ipynb #08b53b56
+# %% ../nbs/97_bench.ipynb #73df9560
 def _finish(loss:Tensor, opt): loss.backward(); opt.step(); opt.zero_grad()
+def _device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def plain_step(net:nn.Module) -> Callable: # step(x, y, path)
     "Step of the network itself."
@@ -34,7 +36,7 @@ def plain_step(net:nn.Module) -> Callable: # step(x, y, path)
 def supernet_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
     "Step of K-shot supernets at the uniform code."
     supernet = Supernet(net, K)
-    opt, code = sgd(supernet.by_decay(), lr=.01), torch.full((K,), 1/K)
+    opt, code = sgd(supernet.by_decay(), lr=.01), torch.full((K,), 1/K, device=_device())
     return lambda x,y,path: _finish(F.cross_entropy(supernet(x, path, code), y), opt)
 
 def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
@@ -48,12 +50,12 @@ def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
         _finish(F.cross_entropy(functional_call(net, mixed, (x, path)), y), opt)
     return step
 
-# %% ../nbs/97_bench.ipynb #43f27185
+# %% ../nbs/97_bench.ipynb #6f0e5334
 def simplex_step(net:nn.Module, K:int, n_paths:int=16) -> Callable: # step(x, y, paths)
     "Gradients of codes by one batched mix."
     supernet = Supernet(net, K).requires_grad_(False)
     def step(x, y, paths):
-        codes = torch.full((n_paths, K), 1/K).requires_grad_()
+        codes = torch.full((n_paths, K), 1/K, device=x.device).requires_grad_()
         F.cross_entropy(supernet(x, paths, codes), y).backward()
     return step
 
@@ -86,7 +88,7 @@ def ratio(
     "Median over rounds of the ratio of two contestants."
     return round(statistics.median(x/y for x,y in zip(times[a], times[b], strict=True)), 3)
 
-# %% ../nbs/97_bench.ipynb #48909393
+# %% ../nbs/97_bench.ipynb #d2df816f
 def peak_mib(
     K:int,  # 0: the plain network
     bs:int, # images
@@ -98,7 +100,7 @@ def peak_mib(
 
 def _peak(K, bs):
     base = _high_water()
-    net, (x, y) = macro_net().to(memory_format=torch.channels_last), _batch(bs)
+    net, (x, y) = macro_net().to(_device(), memory_format=torch.channels_last), _batch(bs)
     step = supernet_step(net, K) if K else plain_step(net)
     for _ in range(3): step(x, y, (2,)*8)
     print((_high_water() - base)/1024)
@@ -107,10 +109,11 @@ def _high_water(): # KiB; Linux (`getrusage` would report the parent's mark wher
     return next(int(l.split()[1]) for l in FilePath('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
 
 def _batch(bs):
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(bs, 3, 32, 32, generator=g).contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (bs,), generator=g)
+    g, d = torch.Generator().manual_seed(0), _device()
+    x, y = torch.randn(bs, 3, 32, 32, generator=g), torch.randint(0, 10, (bs,), generator=g)
+    return x.to(d).contiguous(memory_format=torch.channels_last), y.to(d)
 
-# %% ../nbs/97_bench.ipynb #a1b10811
+# %% ../nbs/97_bench.ipynb #ae623c6c
 def bench_step(
     Ks:list[int]=[1,2,4,8,16], # numbers of supernets
     bs:int=256,     # images
@@ -119,7 +122,7 @@ def bench_step(
 ) -> dict:          # ratios, medians in milliseconds, MiB
     "Cost of the supernet step and the simplex step on NAS-Bench-Macro."
     torch.manual_seed(0)
-    net, space, (x, y), rng = macro_net().to(memory_format=torch.channels_last), get_space('macro'), _batch(bs), np.random.default_rng(0)
+    net, space, (x, y), rng = macro_net().to(_device(), memory_format=torch.channels_last), get_space('macro'), _batch(bs), np.random.default_rng(0)
     paths, many = space.sample(rng, rounds+2), [space.sample(rng, 16) for _ in range(rounds+2)]
     contestants = {'plain': plain_step(net)} | {f'K{K}': supernet_step(net, K) for K in Ks} | {'naive': naive_step(net, 8)}
     times = interleaved({k: partial(lambda f,r: f(x, y, paths[r]), f) for k,f in contestants.items()}, rounds)
@@ -132,18 +135,51 @@ def bench_step(
         simplex_step=dict(over_one_shot_loop=ratio(loop, 'simplex', 'one_shot')), ms=ms(times) | ms(loop))
     return out | dict(peak_mib={f'K{K}': round(peak_mib(K, bs)) for K in Ks} | dict(plain=round(peak_mib(0, bs)))) if memory else out
 
-# %% ../nbs/97_bench.ipynb #6bf83a9e
+# %% ../nbs/97_bench.ipynb #e71cee90
+def bench_score(
+    space:str='macro', # whose network
+    c:int=8,        # its channels
+    n_cells:int=0,  # its cells; 0: the benchmark's
+    px:int=16,      # of an image
+    n:int=100,      # paths a round
+    n_valid:int=500, # images that are scored
+    rounds:int=3,   # of each contestant
+) -> dict:          # ratios of times and paths per second
+    "Cost of scoring paths."
+    torch.manual_seed(0)
+    net, sp, d = get_net(space, c, n_cells).to(_device()), get_space(space), _device()
+    images = lambda n: (torch.randn(n, 3, px, px, device=d).contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (n,), device=d))
+    batches, cal = [images(n_valid)], [images(64) for _ in range(4)]
+    paths = sp.sample(np.random.default_rng(0), n)
+    one, four = Supernet(net, 1), Supernet(net, 4)
+    by_path = lambda s,bf16: lambda r: _score_each(s, paths, batches, cal, bf16)
+    steps = {'K1': by_path(one, False), 'K4': by_path(four, False), 'K4_bf16': by_path(four, True)}
+    if isinstance(net, Chain): steps['K1_tree'] = lambda r: score_chain(one, paths, batches, cal)
+    times = interleaved(steps, rounds)
+    rates = {k: round(n/statistics.median(v), 1) for k,v in times.items()}
+    return dict(space=space, c=c, n_cells=n_cells, px=px, n=n, n_valid=n_valid, rounds=rounds, threads=torch.get_num_threads(),
+                paths_per_second=rates, time_over_K1={k: ratio(times, k, 'K1') for k in times})
+
+def _score_each(supernet, paths, batches, cal, bf16):
+    code = torch.full((supernet.K,), 1/supernet.K, device=_device())
+    with torch.autocast(_device(), torch.bfloat16, bf16):
+        for p in paths: score_path(supernet, p, code, batches, cal)
+
+# %% ../nbs/97_bench.ipynb #35caa58f
 @command(n_places=1)
 def bench(
-    what:str='step',     # what to measure: step
-    bs:int=256,          # images a batch
-    rounds:int=20,       # of each contestant
+    what:str='step',     # what to measure: step (of training) or score (of paths)
+    bs:int=256,          # step: images a batch
+    space:str='macro',   # score: whose network
+    rounds:int=0,        # of each contestant; 0: 20 steps, 3 times 100 paths
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure what K supernets cost beside one."
-    if what != 'step': raise ValueError(f'bench {what!r}, expected step')
-    if min(bs, rounds) < 1 or bs < 16: raise ValueError(f'bs={bs}, rounds={rounds}: expected at least 16 images and 1 round')
-    result = bench_step(bs=bs, rounds=rounds) | environment()
+    if what not in ('step', 'score'): raise ValueError(f'bench {what!r}, expected step or score')
+    if rounds < 0 or bs < 16: raise ValueError(f'bs={bs}, rounds={rounds}: expected at least 16 images and 1 round')
+    if space not in NETS or space == 'digits': raise ValueError(f'space {space!r}, expected one of {", ".join(k for k in NETS if k != "digits")}')
+    result = bench_step(bs=bs, rounds=rounds or 20) if what == 'step' else bench_score(space, n_cells=int(space != 'macro')*3, rounds=rounds or 3)
+    result |= environment()
     if save.name: save.write_text(json.dumps(result, indent=1)+'\n')
-    lines = [f'{k}: {v}' for part in ('supernet_step', 'simplex_step', 'ms', 'peak_mib') for k,v in result[part].items()]
-    return result, '\n'.join(lines)
+    shown = ('supernet_step', 'simplex_step', 'ms', 'peak_mib', 'paths_per_second', 'time_over_K1')
+    return result, '\n'.join(f'{k}: {v}' for part in shown if part in result for k,v in result[part].items())

@@ -7,8 +7,9 @@ __all__ = ['COLUMNS', 'IMPORTERS', 'RAW_FILES', 'RAW_LATENCY', 'as_rows', 'impor
            'import_nb201', 'import_nb201_parquet', 'crc32c', 'masked_crc32c', 'read_tfrecord', 'wire_fields',
            'import_nb101', 'import_nb101_parquet', 'import_nds', 'import_latency', 'import_rows', 'find_raw']
 
-# %% ../nbs/78_importers.ipynb #35005500
+# %% ../nbs/78_importers.ipynb #91a9c4af
 import base64, json, mmap, re, struct
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -222,22 +223,24 @@ def _parse_record(record:bytes, cells:dict[str, tuple]) -> tuple[str, int, float
         cells[name] = ''.join(map(str, nb101_path(matrix, ops))), n_params
     return name, int(epochs), valid, test
 
-# %% ../nbs/78_importers.ipynb #61cbc839
+# %% ../nbs/78_importers.ipynb #d1efcc9a
 @importer('the TFRecord file of NAS-Bench-101')
 def import_nb101(
     source:FilePath, # nasbench_full.tfrecord or nasbench_only108.tfrecord
 ) -> pd.DataFrame:   # two rows, 'valid' and 'test', for each training; further column 'hash'
     "NAS-Bench-101 from its TFRecord file, without TensorFlow; `ValueError` for a wrong checksum or record."
-    cells, seen, index, rows = {}, Counter(), {}, []
+    cells, seen, index = {}, Counter(), {}
+    columns = *(array('i') for _ in range(3)), array('d'), array('d') # five million trainings as tuples would take a gigabyte
     is_long = source.stat().st_size > 50_000_000
     batches = read_tfrecord(source)
     for batch in progress_bar(batches, total='noinfer') if is_long else batches: # with a number as total it would stop there
         for record in batch:
             name, epochs, valid, test = _parse_record(record, cells)
-            rows.append((index.setdefault(name, len(index)), epochs, seen[name, epochs], valid, test))
+            row = index.setdefault(name, len(index)), epochs, seen[name, epochs], valid, test
+            for column,value in zip(columns, row): column.append(value)
             seen[name, epochs] += 1
-    cell, epochs, seed, valid, test = map(np.array, zip(*rows, strict=True))
-    paths, n_params = zip(*cells.values())
+    cell, epochs, seed, valid, test = map(np.array, columns)
+    paths, n_params = zip(*cells.values(), strict=True)
     coded = lambda values: pd.Categorical.from_codes(cell, pd.Index(values))
     about = dict(path=coded(paths), dataset='cifar10', epochs=epochs, seed=seed, n_runs=1)
     about |= dict(n_params=np.array(n_params)[cell], hash=coded(list(cells)))

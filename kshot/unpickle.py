@@ -13,14 +13,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-# %% ../nbs/42_unpickle.ipynb #0d184adf
+# %% ../nbs/42_unpickle.ipynb #69854aed
 class _DType:
-    "Stand-in of `np.dtype`: one type of number or character, and its byte order."
+    "Stand-in of `np.dtype`: one type of number or character, and its byte order; what else a state says is left alone."
     def __init__(self, code, align=False, copy=False):
         self.dtype = np.dtype(_text(code))
         if self.dtype.kind not in 'biufcSU' or self.dtype.shape: raise ValueError(f'dtype {self.dtype}, expected numbers or characters')
     def __setstate__(self, state):
-        if any(state[2:5]): raise ValueError('dtype with fields, expected numbers or characters')
         self.dtype = self.dtype.newbyteorder(_text(state[1]))
 
 class _Array(np.ndarray):

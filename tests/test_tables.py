@@ -1,11 +1,11 @@
 "The benchmarks' files: imported by processes, damaged, malicious; and, where the shared data is, whole"
-import bz2, json, os, pickle, shutil, struct, subprocess, sys
-from pathlib import Path
+import bz2, json, os, pickle, struct, subprocess, sys
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from kshot.importers import import_rows, masked_crc32c
+from kshot.launch import tables
 from kshot.spaces import get_space
 from kshot.tables import baselines, devices, get_table, import_table, latency, list_tables, read_table, write_table
 
@@ -16,12 +16,15 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delenv('KSHOT_DATA', raising=False)
     return tmp_path/'home'
 
-def call(*args):
-    "Exit code, standard output and error of `kshot_tables`"
-    code = 'import sys; from kshot.launch import tables; sys.exit(tables())'
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    p = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, env=env, timeout=100)
-    return p.returncode, p.stdout, p.stderr
+@pytest.fixture
+def call(capsys):
+    "`kshot_tables` in this process: exit code, standard output and error"
+    def f(*args):
+        capsys.readouterr()
+        try: tables([*map(str, args)]); code = 0
+        except SystemExit as e: code = e.code
+        return code, *capsys.readouterr()
+    return f
 
 CELL = '|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_1x1~1|none~2|'
 
@@ -56,7 +59,7 @@ def nats_folder(folder, n=3, **more):
         (folder/f'{i:06d}.pickle.pbz2').write_bytes(bz2.compress(pickle.dumps(nats_cell(space.native(space.at(i)), **more))))
     return folder
 
-def test_import_show_list(home, tmp_path):
+def test_import_show_list(home, tmp_path, call):
     code, out, err = call('import', 'macro', macro_file(tmp_path/'m.json'), '--json')
     assert code == 0, err
     assert json.loads(out) == dict(name='macro', space='macro', source='m.json', splits=[
@@ -71,9 +74,10 @@ def test_import_show_list(home, tmp_path):
 
 def test_json_is_alone_on_stdout(home, tmp_path):
     "A long import shows a bar, which is not part of the result"
-    code, out, err = call('import', 'nb201', nats_folder(tmp_path/'NATS-simple', 120), '--save_as', 'nats', '--json')
-    assert code == 0, err
-    assert json.loads(out)['name'] == 'nats' and json.loads(out)['splits'][0]['paths'] == 120
+    argv = [sys.executable, '-c', 'from kshot.launch import tables; tables()', 'import', 'nb201', nats_folder(tmp_path/'NATS-simple', 120)]
+    p = subprocess.run([*argv, '--save_as', 'nats', '--json'], capture_output=True, text=True, timeout=100)
+    assert p.returncode == 0, p.stderr
+    assert json.loads(p.stdout)['name'] == 'nats' and json.loads(p.stdout)['splits'][0]['paths'] == 120
 
 def damaged(kind, tmp_path, ran):
     "Format, damaged source and what the message says"
@@ -106,7 +110,7 @@ def test_damaged_source(kind, home, tmp_path):
     assert not home.exists() and not ran.exists()
 
 @pytest.mark.parametrize('kind', ['pickle that runs', 'wrong checksum'])
-def test_damaged_source_ends_the_command(kind, home, tmp_path):
+def test_damaged_source_ends_the_command(kind, home, tmp_path, call):
     space, source, text = damaged(kind, tmp_path, ran := tmp_path/'ran')
     code, out, err = call('import', space, source)
     assert (code, out, err.count('\n')) == (2, '', 1) and err.startswith('kshot_tables: ') and text in err
@@ -115,7 +119,7 @@ def test_damaged_source_ends_the_command(kind, home, tmp_path):
 @pytest.mark.parametrize('args,text', [(['show', 'nb201'], "table 'nb201', expected one of digits or a .parquet file; kshot_tables import nb201 FILE"),
     (['import', 'cifar', 'x'], "format 'cifar', expected one of macro"), (['import', 'macro'], 'no source of table macro'), (['drop'], "action 'drop', expected list"),
     (['baselines', 'digits', '--epochs', '7'], 'has no epochs 7, expected one of [20]')])
-def test_wrong_argument(args, text, home):
+def test_wrong_argument(args, text, home, call):
     code, out, err = call(*args)
     assert (code, out, err.count('\n')) == (2, '', 1) and text in err
 
