@@ -113,7 +113,7 @@ def _batch(bs):
     x, y = torch.randn(bs, 3, 32, 32, generator=g), torch.randint(0, 10, (bs,), generator=g)
     return x.to(d).contiguous(memory_format=torch.channels_last), y.to(d)
 
-# %% ../nbs/97_bench.ipynb #ae623c6c
+# %% ../nbs/97_bench.ipynb #77f6f1cb
 def bench_step(
     Ks:list[int]=[1,2,4,8,16], # numbers of supernets
     bs:int=256,     # images
@@ -122,7 +122,8 @@ def bench_step(
 ) -> dict:          # ratios, medians in milliseconds, MiB
     "Cost of the supernet step and the simplex step on NAS-Bench-Macro."
     torch.manual_seed(0)
-    net, space, (x, y), rng = macro_net().to(_device(), memory_format=torch.channels_last), get_space('macro'), _batch(bs), np.random.default_rng(0)
+    net, space = macro_net().to(_device(), memory_format=torch.channels_last), get_space('macro')
+    (x, y), rng = _batch(bs), np.random.default_rng(0)
     paths, many = space.sample(rng, rounds+2), [space.sample(rng, 16) for _ in range(rounds+2)]
     contestants = {'plain': plain_step(net)} | {f'K{K}': supernet_step(net, K) for K in Ks} | {'naive': naive_step(net, 8)}
     times = interleaved({k: partial(lambda f,r: f(x, y, paths[r]), f) for k,f in contestants.items()}, rounds)
@@ -135,7 +136,7 @@ def bench_step(
         simplex_step=dict(over_one_shot_loop=ratio(loop, 'simplex', 'one_shot')), ms=ms(times) | ms(loop))
     return out | dict(peak_mib={f'K{K}': round(peak_mib(K, bs)) for K in Ks} | dict(plain=round(peak_mib(0, bs)))) if memory else out
 
-# %% ../nbs/97_bench.ipynb #e71cee90
+# %% ../nbs/97_bench.ipynb #5ba05fc5
 def bench_score(
     space:str='macro', # whose network
     c:int=8,        # its channels
@@ -148,7 +149,8 @@ def bench_score(
     "Cost of scoring paths."
     torch.manual_seed(0)
     net, sp, d = get_net(space, c, n_cells).to(_device()), get_space(space), _device()
-    images = lambda n: (torch.randn(n, 3, px, px, device=d).contiguous(memory_format=torch.channels_last), torch.randint(0, 10, (n,), device=d))
+    pixels = lambda n: torch.randn(n, 3, px, px, device=d).contiguous(memory_format=torch.channels_last)
+    images = lambda n: (pixels(n), torch.randint(0, 10, (n,), device=d))
     batches, cal = [images(n_valid)], [images(64) for _ in range(4)]
     paths = sp.sample(np.random.default_rng(0), n)
     one, four = Supernet(net, 1), Supernet(net, 4)
@@ -165,7 +167,7 @@ def _score_each(supernet, paths, batches, cal, bf16):
     with torch.autocast(_device(), torch.bfloat16, bf16):
         for p in paths: score_path(supernet, p, code, batches, cal)
 
-# %% ../nbs/97_bench.ipynb #35caa58f
+# %% ../nbs/97_bench.ipynb #6591c07a
 @command(n_places=1)
 def bench(
     what:str='step',     # what to measure: step (of training) or score (of paths)
@@ -177,8 +179,10 @@ def bench(
     "Measure what K supernets cost beside one."
     if what not in ('step', 'score'): raise ValueError(f'bench {what!r}, expected step or score')
     if rounds < 0 or bs < 16: raise ValueError(f'bs={bs}, rounds={rounds}: expected at least 16 images and 1 round')
-    if space not in NETS or space == 'digits': raise ValueError(f'space {space!r}, expected one of {", ".join(k for k in NETS if k != "digits")}')
-    result = bench_step(bs=bs, rounds=rounds or 20) if what == 'step' else bench_score(space, n_cells=int(space != 'macro')*3, rounds=rounds or 3)
+    colour = [k for k in NETS if k != 'digits']
+    if space not in colour: raise ValueError(f'space {space!r}, expected one of {", ".join(colour)}')
+    score = partial(bench_score, space, n_cells=0 if space == 'macro' else 3)
+    result = bench_step(bs=bs, rounds=rounds or 20) if what == 'step' else score(rounds=rounds or 3)
     result |= environment()
     if save.name: save.write_text(json.dumps(result, indent=1)+'\n')
     shown = ('supernet_step', 'simplex_step', 'ms', 'peak_mib', 'paths_per_second', 'time_over_K1')

@@ -83,13 +83,14 @@ def score_path(
     try: return accuracy_loss(lambda x: supernet.run(x, path, weights, stats), batches)
     finally: supernet.train(was)
 
-# %% ../nbs/62_evaluate.ipynb #e6062bac
+# %% ../nbs/62_evaluate.ipynb #c3e144c5
 def _advance(supernet:Supernet, name:str, weights:dict, cal:list|None, xs:list) -> tuple[list|None, list]:
     "What module `name` makes of calibration batches, each by its own statistics, and of others by their mean (no `cal`: by their own)."
     module, inner = supernet.net.get_submodule(name), lambda n: n.removeprefix(f'{name}.')
     mine = {inner(n): w for n,w in weights.items() if n.startswith(f'{name}.')}
     norms = {n: supernet.net.get_submodule(n) for n in supernet._bn if n.startswith(f'{name}.')} if cal else {}
-    mine |= {f'{inner(n)}.running_{k}': mine[f'{inner(n)}.weight'].new_full((m.num_features,), v) for n,m in norms.items() for k,v in (('mean', 0.), ('var', 1.))}
+    fresh = lambda n,m,v: mine[f'{inner(n)}.weight'].new_full((m.num_features,), v)
+    mine |= {f'{inner(n)}.running_{k}': fresh(n, m, v) for n,m in norms.items() for k,v in (('mean', 0.), ('var', 1.))}
     run, seen = lambda x: functional_call(module, mine, (x,)), []
     for m in norms.values(): m.training = True
     for i,x in enumerate(cal or (), 1):
@@ -107,6 +108,7 @@ def score_chain(
 ) -> dict[Path, tuple[float, float]]: # accuracy 0-1, mean cross-entropy by path
     "Accuracy and loss of many paths of a one-shot chain, each beginning computed once."
     sizes, weights, out, was = supernet.sizes, {}, {}, supernet.training
+    images = lambda batches: batches and [x for x,_ in batches]
     for o in range(max(sizes)):
         weights |= supernet.weights([tuple(min(o, n-1) for n in sizes)], next(supernet.parameters()).new_ones(1, 1))[0]
     def walk(paths, l, cal, xs):
@@ -116,7 +118,7 @@ def score_chain(
             return
         for o,some in groupby(paths, key=lambda p: p[l]): walk(list(some), l+1, *_advance(supernet, f'blocks.{l}.{o}', weights, cal, xs))
     supernet.eval()
-    try: walk(sorted(set(paths)), 0, *_advance(supernet, 'stem', weights, calibration and [x for x,_ in calibration], [x for x,_ in batches]))
+    try: walk(sorted(set(paths)), 0, *_advance(supernet, 'stem', weights, images(calibration), images(batches)))
     finally: supernet.train(was)
     return out
 

@@ -87,7 +87,7 @@ def train(
     result = read_run(folder)['results']['train']
     return result, f'{folder}: epoch {result["epoch"]}, loss {result["loss"]:.3f}, accuracy of 16 paths {result["acc_valid"]:.3f}'
 
-# %% ../nbs/95_launch.ipynb #f3f1fda6
+# %% ../nbs/95_launch.ipynb #40d20179
 @command
 def rank(
     name:str='run',      # of the experiment, or of a run that is trained already (its own arguments hold)
@@ -106,7 +106,7 @@ def rank(
     folder, how = runs/name, dict(n_calibration=n_calibration, bf16=bf16, progress=True)
     is_run = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
     space = read_run(folder)['config']['space'] if is_run else config['space']
-    asked = dict(table=table or dict(darts='nds').get(space, space), n=n or None, dataset=table_data, split=table_split, epochs=table_epochs)
+    asked = dict(table=table or space, n=n or None, dataset=table_data, split=table_split, epochs=table_epochs)
     _threads(folder) if is_run else _threads(**config)
     if is_run: frame, of = rank_run(folder, asked, **how), {name: folder}
     else:

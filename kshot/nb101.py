@@ -50,14 +50,15 @@ def is_cell(
     cell = prune(path)
     return cell is not None and sum(map(sum, cell.matrix)) <= 9
 
-# %% ../nbs/03_nb101.ipynb #03774364
+# %% ../nbs/03_nb101.ipynb #0286beaa
 def nb101_path(
     matrix:Sequence[Sequence[int]], # `(V, V)` adjacency, upper triangular, `V` 2 to 7
     ops:Sequence[str],              # `V` names, 'input' first and 'output' last
 ) -> Path:                          # 26 choices, dead parts included
     "Path of a cell in the benchmark's notation; `ValueError` if it is none."
     m, V = np.array(matrix, dtype=object), len(ops)
-    if not 2 <= V <= 7 or m.shape != (V, V): raise ValueError(f'matrix of shape {m.shape} and {V} ops, expected (V, V) and V for V of 2 to 7')
+    if not 2 <= V <= 7 or m.shape != (V, V):
+        raise ValueError(f'matrix of shape {m.shape} and {V} ops, expected (V, V) and V for V of 2 to 7')
     if (bad := [x for x in m.flat if x not in (0, 1)]) or np.tril(m.astype(int)).any():
         raise ValueError(f'matrix {m.tolist()}, expected 0 and 1' + ('' if bad else ' above the diagonal only'))
     if ops[0] != 'input' or ops[-1] != 'output': raise ValueError(f"ops {list(ops)}, expected 'input' first and 'output' last")
@@ -107,7 +108,7 @@ def nb101_hash(
     for _ in labels: names = [digest(f'{joined(m[:,v])}|{joined(m[v])}|{name}') for v,name in enumerate(names)]
     return digest(str(sorted(names)))
 
-# %% ../nbs/03_nb101.ipynb #383f0677
+# %% ../nbs/03_nb101.ipynb #216ee645
 def _graphs(V:int) -> list[tuple[np.ndarray, list]]: # (edges (V, V), automorphisms) of each graph with V living vertices
     rows, cols = np.triu_indices(V, 1)
     bits = (np.arange(2**len(rows))[:,None] >> np.arange(len(rows)) & 1).astype(bool)
@@ -133,5 +134,6 @@ def nb101_cells() -> np.ndarray: # `(423624, 26)` uint8
             mine = labels[np.unique(numbers, return_index=True)[1]]
             m = np.zeros((7,7), np.uint8)
             m[np.ix_(place, place)] = edges
-            out.append(np.hstack([np.tile(m[np.triu_indices(7, 1)], (len(mine), 1)), mine, np.zeros((len(mine), 7-V), np.uint8)]))
+            n, upper = len(mine), m[np.triu_indices(7, 1)]
+            out.append(np.hstack([np.tile(upper, (n, 1)), mine, np.zeros((n, 7-V), np.uint8)]))
     return np.concatenate(out)

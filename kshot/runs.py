@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'CODES', 'Config', 'parts', 'cost_of', 'make_learner', 'en
            'train_run', 'load_run', 'ensure_trained', 'calibration', 'score_run', 'get_truth', 'rank_scores',
            'rank_run', 'rank_seeds', 'search_run', 'retrain_run']
 
-# %% ../nbs/93_runs.ipynb #7ecbbbcc
+# %% ../nbs/93_runs.ipynb #dd562f01
 import json, os, platform, subprocess, sys, time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from .search import search
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode
 from .space import Space
 from .spaces import get_space
-from .tables import REFERENCE, get_table, latency, write_parquet
+from .tables import get_table, latency, reference, write_parquet
 from .train import CheckpointCallback, Learner, cosine, kshot_learner, load_newest, save_tensors, train_alone
 
 # %% ../nbs/93_runs.ipynb #a2985320
@@ -74,7 +74,7 @@ RECIPES['nds'] = RECIPES['darts']
 CODES = {'simplex': lambda space,config: SimplexNet(space, config.K), 'uniform': lambda space,config: UniformCode(config.K),
          'vertex': lambda space,config: VertexCode(config.K, config.block), 'free': lambda space,config: FreeCode(space, config.K)}
 
-# %% ../nbs/93_runs.ipynb #b1c67f83
+# %% ../nbs/93_runs.ipynb #508b7876
 def parts(
     config:Config, # what is asked
     seed:int|None=None, # of order and augmentation; None: the configuration's
@@ -84,7 +84,8 @@ def parts(
         if getattr(config, k) < 1: raise ValueError(f'{k}={getattr(config, k)}, expected at least 1')
     if config.codes not in CODES: raise ValueError(f'codes {config.codes!r}, expected one of {", ".join(CODES)}')
     if (config.data == 'digits') != (config.space == 'digits'):
-        raise ValueError(f'data {config.data!r} for space {config.space!r}, expected {"digits" if config.space == "digits" else ", ".join(IMAGE_SETS)}')
+        fit = 'digits' if config.space == 'digits' else ', '.join(IMAGE_SETS)
+        raise ValueError(f'data {config.data!r} for space {config.space!r}, expected {fit}')
     space = get_space(config.space)
     if not 0 <= config.block < len(space.blocks): raise ValueError(f'block={config.block}, expected 0 to {len(space.blocks)-1}')
     n_classes = IMAGE_SETS[config.data].n_classes if config.data in IMAGE_SETS else 10
@@ -157,7 +158,7 @@ def add_result(
     write_run(folder, record)
     return result
 
-# %% ../nbs/93_runs.ipynb #18f511b0
+# %% ../nbs/93_runs.ipynb #209e34fd
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
@@ -195,10 +196,11 @@ def ensure_trained(
     begun = (folder/'run.json').exists()
     if begun and (had := asdict(_config(folder))) != asdict(config):
         k = next(k for k,v in asdict(config).items() if had[k] != v)
-        raise ValueError(f'folder {str(folder)!r} holds a run with {k}={had[k]!r}, expected {k}={getattr(config, k)!r}: choose another --name')
+        raise ValueError(f'folder {str(folder)!r} holds a run with {k}={had[k]!r}, expected {k}={getattr(config, k)!r}: '
+                         'choose another --name')
     if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun)
 
-# %% ../nbs/93_runs.ipynb #a62afdfb
+# %% ../nbs/93_runs.ipynb #0ac925b0
 def calibration(
     learn:Learner, # of a run
     n:int=4,       # training batches
@@ -214,10 +216,11 @@ def score_run(
     progress:bool=False, # show a bar?
 ) -> pd.DataFrame:       # columns path, acc_super, loss_super, macs, n_params, K, seed; also in `folder/scores.parquet`
     "Score paths of a trained run; `ValueError` if the folder holds scores that were made in another way."
-    (config, learn), folder, how, started = load_run(folder), FilePath(folder), dict(n_calibration=n_calibration, bf16=bf16), time.time()
-    space, fname = get_space(config.space), folder/'scores.parquet'
-    had = read_run(folder)['results'].get('score', how)
-    if any(had[k] != v for k,v in how.items()): raise ValueError(f'{str(fname)!r} was made with {had}, expected {how}: remove it to score anew')
+    started, folder, how = time.time(), FilePath(folder), dict(n_calibration=n_calibration, bf16=bf16)
+    (config, learn), fname = load_run(folder), folder/'scores.parquet'
+    space, had = get_space(config.space), read_run(folder)['results'].get('score', how)
+    if any(had[k] != v for k,v in how.items()):
+        raise ValueError(f'{str(fname)!r} was made with {had}, expected {how}: remove it to score anew')
     wanted = list(space) if paths is None else [space.parse(p) for p in paths]
     done = pd.read_parquet(fname) if fname.exists() and 'score' in read_run(folder)['results'] else pd.DataFrame({'path': []})
     left = sorted(set(wanted) - set(map(space.parse, done.path)))
@@ -236,15 +239,15 @@ def score_run(
         add_result(folder, 'score', how | dict(n_paths=len(left)), started)
     return done.set_index('path').loc[[space.format(p) for p in wanted]].reset_index()
 
-# %% ../nbs/93_runs.ipynb #cf2f9a84
+# %% ../nbs/93_runs.ipynb #055c3cbb
 def get_truth(
     table:str,       # name of a benchmark table
     n:int|None=None, # paths drawn; None: all
     **keys,          # 'dataset', 'split' and 'epochs'; None where not said
 ) -> pd.DataFrame:   # index path, a column a seed
     "Stand-alone accuracies of the paths of a table, always the same ones for the same `n`; `ValueError` as in `kshot.tables`."
-    t, keys = get_table(table), {k: v for k,v in keys.items() if v is not None}
-    wide = t.per_seed(**(keys or REFERENCE.get(t.space, {})))
+    t = get_table(table)
+    wide = t.per_seed(**reference(t, **keys))
     if n is not None and not 1 < n <= len(wide): raise ValueError(f'n={n}, expected 2 to {len(wide)} paths of table {table!r}')
     return wide if n is None else wide.sample(n, random_state=0).sort_index()
 
@@ -279,7 +282,7 @@ def rank_run(
     add_result(folder, 'rank', _by_scorer(frame), started)
     return frame
 
-# %% ../nbs/93_runs.ipynb #b67f8ec8
+# %% ../nbs/93_runs.ipynb #b940dd9d
 def rank_seeds(
     config:Config,   # what to train; its seed is the first
     folder:FilePath, # of the experiment: a run `seed_S` for each seed
@@ -290,7 +293,8 @@ def rank_seeds(
     "Train, score and rank with several seeds; `ValueError` if the folder holds another experiment, and as in `rank_run`."
     if seeds < 1: raise ValueError(f'seeds={seeds}, expected at least 1')
     started, folder, frames = time.time(), FilePath(folder), {}
-    if (space := get_table(asked['table']).space) != config.space: raise ValueError(f"table {asked['table']!r} is of space {space!r}, expected {config.space!r}")
+    if (space := get_table(asked['table']).space) != config.space:
+        raise ValueError(f"table {asked['table']!r} is of space {space!r}, expected {config.space!r}")
     get_truth(**asked) # a question that it does not answer fails before anything is trained
     for s in range(config.seed, config.seed+seeds):
         print(f'seed {s}', file=sys.stderr)
@@ -299,11 +303,11 @@ def rank_seeds(
     scores = [pd.read_parquet(folder/f'seed_{s}'/'scores.parquet') for s in frames]
     write_parquet(pd.concat(scores, ignore_index=True), folder/'scores.parquet')
     frame = over_seeds(list(frames.values()))
-    write_run(folder, dict(config=asdict(config), **environment(), results=dict(
-        truth=asked, rank=_by_scorer(frame), per_seed={s: _by_scorer(f) for s,f in frames.items()}), seconds=dict(rank=round(time.time()-started, 1))))
+    results = dict(truth=asked, rank=_by_scorer(frame), per_seed={s: _by_scorer(f) for s,f in frames.items()})
+    write_run(folder, dict(config=asdict(config), **environment(), results=results, seconds=dict(rank=round(time.time()-started, 1))))
     return frame
 
-# %% ../nbs/93_runs.ipynb #ca6fa7dd
+# %% ../nbs/93_runs.ipynb #8992aa93
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
@@ -316,8 +320,10 @@ def search_run(
     "Search the trained supernets of a run for the best path under budgets."
     started, folder, budgets = time.time(), FilePath(folder), {k: v for k,v in (budgets or {}).items() if v is not None}
     config, learn = load_run(folder)
-    space, codes, batches, cost = get_space(config.space), learn.k_shot.codes, calibration(learn), cost_of(parts(config)[1], learn.dls)
-    if 'latency_ms' in budgets and not device: raise ValueError(f'a budget of {budgets["latency_ms"]} ms, expected also the device that it is for')
+    space, codes, batches = get_space(config.space), learn.k_shot.codes, calibration(learn)
+    cost = cost_of(parts(config)[1], learn.dls)
+    if 'latency_ms' in budgets and not device:
+        raise ValueError(f'a budget of {budgets["latency_ms"]} ms, expected also the device that it is for')
     def score(path):
         with torch.no_grad(): return score_path(learn.model, path, codes([path])[0], learn.dls.valid, batches)
     costs = dict(macs=cost.macs, n_params=cost.n_params) | (dict(latency_ms=latency(config.space, device)) if device else {})

@@ -24,7 +24,7 @@ def macro_space() -> Space:
     "NAS-Bench-Macro: eight layers of three ops, 6,561 paths."
     return Space('macro', tuple(Block(f'layer {l}', ('identity', 'mb3_k3', 'mb6_k5')) for l in range(8)))
 
-# %% ../nbs/05_spaces.ipynb #fa1a715c
+# %% ../nbs/05_spaces.ipynb #4df100c3
 NB201_OPS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
 NB201_EDGES = ((0,1), (0,2), (1,2), (0,3), (1,3), (2,3)) # (from, to) of each choice
 
@@ -41,8 +41,8 @@ def parse_nb201(
     "Path of a string; `ValueError` if it is none."
     found = re.findall(r'(\w+)~(\d)', s)
     if bad := [o for o,_ in found if o not in NB201_OPS]: raise ValueError(f'op {bad[0]!r}, expected one of {", ".join(NB201_OPS)}')
-    path = tuple(NB201_OPS.index(o) for o,_ in found)
-    if len(path) != 6 or nb201_string(path) != s.strip(): raise ValueError(f'cell {s!r}, expected {nb201_string((0,)*6)!r} with other ops')
+    path, form = tuple(NB201_OPS.index(o) for o,_ in found), nb201_string((0,)*6)
+    if len(path) != 6 or nb201_string(path) != s.strip(): raise ValueError(f'cell {s!r}, expected {form!r} with other ops')
     return path
 
 def nb201_space() -> Space:
@@ -89,7 +89,7 @@ def darts_string(
         parts.append(f'{name}_concat={[v for v,on in zip((2,3,4,5), path[32+4*c:36+4*c] or (1,)*4) if on]}')
     return f'Genotype({", ".join(parts)})'
 
-# %% ../nbs/05_spaces.ipynb #2f3db6fb
+# %% ../nbs/05_spaces.ipynb #680dd56a
 def parse_darts(
     s:str,            # what `darts_string` printed, with lists or `range`s
     has_concat:bool=False, # as in `darts_path`
@@ -103,7 +103,8 @@ def parse_darts(
     except ValueError as e:
         if 'expected' in str(e): raise
         why = e
-    raise ValueError(f"genotype {s!r}, expected Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=[2, 3, 4, 5], reduce=...)") from why
+    form = "Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=[2, 3, 4, 5], reduce=...)"
+    raise ValueError(f'genotype {s!r}, expected {form}') from why
 
 # %% ../nbs/05_spaces.ipynb #70f50cfb
 def darts_space(

@@ -343,9 +343,9 @@ def path_costs(
         out = dict(macs=counted[:,0], params=counted[:,1]) | out
     return out | (dict(convs=np.array([n_convs(p) for p in paths])) if table.space == 'nb201' else {})
 
-# %% ../nbs/80_tables.ipynb #690e7886
+# %% ../nbs/80_tables.ipynb #0858f907
 REFERENCE = { # what is asked of a space's table if nothing is said
-    'nb201': dict(dataset='cifar10', split='test', epochs=200), 'digits': dict(split='test')}
+    'nb201': dict(dataset='cifar10', split='test', epochs=200), 'nb101': dict(split='test', epochs=108), 'digits': dict(split='test')}
 
 def reference(
     table:Table,           # what to rank
@@ -353,9 +353,9 @@ def reference(
     split:str|None=None,
     epochs:int|None=None,
 ) -> dict:                 # all of `KEYS`
-    "What is asked of a table: as said, or `REFERENCE` of its space if nothing is; `ValueError` as in `Table.group`."
-    keys = dict(dataset=dataset, split=split, epochs=epochs)
-    if set(keys.values()) == {None}: keys = REFERENCE.get(table.space, {})
+    "What is asked of a table: as said, or if nothing is, what it has of its space's `REFERENCE`; `ValueError` as in `Table.group`."
+    keys, has = dict(dataset=dataset, split=split, epochs=epochs), lambda k,v: any(g[k] == v for g in table.info['groups'])
+    if set(keys.values()) == {None}: keys = {k: v for k,v in REFERENCE.get(table.space, {}).items() if has(k, v)}
     group = table.info['groups'][table.group(**keys)]
     return {k: group[k] for k in KEYS}
 
