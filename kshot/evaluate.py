@@ -122,7 +122,7 @@ def score_chain(
     finally: supernet.train(was)
     return out
 
-# %% ../nbs/62_evaluate.ipynb #c565e675
+# %% ../nbs/62_evaluate.ipynb #0cfecdcf
 def score_paths(
     supernet:Supernet,  # trained
     codes,              # paths -> `(N, K)` codes
@@ -133,8 +133,9 @@ def score_paths(
     bf16:bool=False,    # compute in bfloat16, where it is safe?
 ) -> pd.DataFrame:      # columns path, acc_super, loss_super, in the order of `paths`
     "Accuracy and loss of many paths."
-    with torch.no_grad(), torch.autocast(next(supernet.parameters()).device.type, torch.bfloat16, bf16):
+    with torch.no_grad(): all_codes = codes(paths)
+    with torch.autocast(all_codes.device.type, torch.bfloat16, bf16):
         if supernet.K == 1 and isinstance(supernet.net, Chain): scores = score_chain(supernet, paths, batches, calibration)
-        else: scores = {p: score_path(supernet, p, code, batches, calibration) for p,code in zip(paths, codes(paths))}
+        else: scores = {p: score_path(supernet, p, code, batches, calibration) for p,code in zip(paths, all_codes)}
     acc, loss = zip(*(scores[p] for p in paths))
     return pd.DataFrame(dict(path=[space.format(p) for p in paths], acc_super=acc, loss_super=loss))
