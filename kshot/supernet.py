@@ -81,7 +81,7 @@ def redraw(
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
     return net
 
-# %% ../nbs/20_supernet.ipynb #e788521b
+# %% ../nbs/20_supernet.ipynb #661b2cef
 class Supernet(nn.Module):
     "K-shot supernets of a single-path network; `ValueError` if K < 1 or `ops` don't fit."
     def __init__(self,
@@ -100,7 +100,8 @@ class Supernet(nn.Module):
         draws = [net] + [redraw(copy.deepcopy(net)) for _ in range(K-1)]
         rows = [dict(n.named_parameters(remove_duplicate=False)) for n in draws]
         for key,slots in self.slots.items():
-            self.banks[key] = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
+            W = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
+            self.banks[key] = W + (W[0] - W.mean(0)) # the centre of the simplex is the network that was given
         self.net, self._bn = _strip(copy.deepcopy(net))
 
 # %% ../nbs/20_supernet.ipynb #1a726054
