@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command', 'train', 'rank', 'search', 'retrain', 'tables', 'demo']
 
-# %% ../nbs/95_launch.ipynb #48461518
+# %% ../nbs/95_launch.ipynb #735e02fb
 import argparse, json, os, sys, time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -19,7 +19,7 @@ from fastcore.docments import docments
 from .report import make_report
 from .runs import (Config, ensure_trained, environment, get_truth, rank_run, rank_scores, rank_seeds, read_run, retrain_run,
                         score_run, search_run, train_run, write_run)
-from .tables import baselines, get_table, import_table, list_tables, make_table, reference, summary
+from .tables import baselines, devices, get_table, import_table, list_tables, make_table, reference, summary
 
 # %% ../nbs/95_launch.ipynb #83e07c2b
 def _add_argument(parser, name, has_place, default, type, help):
@@ -157,7 +157,7 @@ def retrain(
     r = retrain_run(runs/name, path or None, epochs, seed, progress=True)
     return r, f'{r["path"]} alone: {r["acc_alone"]:.3f} on the test split, {r["acc_valid"]:.3f} on the validation split'
 
-# %% ../nbs/95_launch.ipynb #8600114d
+# %% ../nbs/95_launch.ipynb #07d7505f
 def _records(frame:pd.DataFrame) -> list[dict]: return json.loads(frame.to_json(orient='records'))
 
 @command(n_places=3)
@@ -188,8 +188,13 @@ def tables(
     elif action == 'import': table = import_table(name, source or None, save_as or None)
     elif action == 'show': table = get_table(name)
     else: raise ValueError(f'action {action!r}, expected list, import, show, baselines or make')
-    about = summary(table)
-    return dict(name=table.name, space=table.space, source=table.source, splits=_records(about)), _table_text(about)
+    about, timed = summary(table), _devices(table.space)
+    text = f'space {table.space}, from {table.source or "kshot"}\n{_table_text(about)}' + (f'\nlatency on {", ".join(timed)}' if timed else '')
+    return dict(name=table.name, space=table.space, source=table.source, splits=_records(about), devices=timed), text
+
+def _devices(space:str) -> list[str]: # none where there is no latency table
+    try: return devices(space)
+    except ValueError: return []
 
 # %% ../nbs/95_launch.ipynb #86402eea
 def _found(folder:FilePath) -> dict:

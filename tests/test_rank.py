@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from kshot import launch
+from kshot import launch, tables
 from kshot.spaces import get_space
 from kshot.tables import write_table
 
@@ -67,6 +67,22 @@ def test_more_paths_later_keeps_what_was_scored(rank, tmp_path):
     every = pd.read_parquet(tmp_path/'run'/'scores.parquet').set_index('path')
     assert len(few) == 8 and len(every) == 30
     pd.testing.assert_frame_equal(every.loc[few.index], few)
+
+def test_latency_is_a_budget(data, rank, home, monkeypatch, capfd, tmp_path):
+    monkeypatch.setenv('KSHOT_DATA', str(data))
+    tables.latency('nb201', 'pixel2') # imported into KSHOT_HOME
+    monkeypatch.setenv('KSHOT_DATA', str(home/'data'))
+    rank('nb201', '--n', '10')
+    search = ['--name', 'run/seed_0', '--runs', str(tmp_path), '--n', '20', '--algorithm', 'random', '--latency_ms', '15']
+    launch.search([*search, '--device', 'pixel2', '--json'])
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])['latency_ms'] <= 15
+    raw, space = pd.read_parquet(data/'nas_bench_201_latency_help.parquet'), get_space('nb201')
+    lat = dict(zip(pd.read_parquet(data/'nas_bench_201_12epoch.parquet').arch_str.map(space.parse), raw.lat_ms_pixel2))
+    found = pd.read_parquet(tmp_path/'run'/'seed_0'/'search.parquet')
+    assert len(found) == 20
+    for s,ms in zip(found.path, found.latency_ms): assert ms == pytest.approx(lat[space.parse(s)]) and ms <= 15
+    with pytest.raises(SystemExit): launch.search([*search, '--device', 'abacus'])
+    assert "device 'abacus', expected one of" in capfd.readouterr().err
 
 def test_bad_input_is_one_line(rank, home, tmp_path):
     for argv,says in {('--table_epochs', '200'): 'no epochs 200', ('--n', '99'): 'n=99, expected 2 to', ('--table', 'nowhere.parquet'): 'nowhere.parquet',
