@@ -157,7 +157,7 @@ def retrain(
     r = retrain_run(runs/name, path or None, epochs, seed, progress=True)
     return r, f'{r["path"]} alone: {r["acc_alone"]:.3f} on the test split, {r["acc_valid"]:.3f} on the validation split'
 
-# %% ../nbs/95_launch.ipynb #07d7505f
+# %% ../nbs/95_launch.ipynb #4f393ebf
 def _records(frame:pd.DataFrame) -> list[dict]: return json.loads(frame.to_json(orient='records'))
 
 @command(n_places=3)
@@ -189,8 +189,9 @@ def tables(
     elif action == 'show': table = get_table(name)
     else: raise ValueError(f'action {action!r}, expected list, import, show, baselines or make')
     about, timed = summary(table), _devices(table.space)
-    text = f'space {table.space}, from {table.source or "kshot"}\n{_table_text(about)}' + (f'\nlatency on {", ".join(timed)}' if timed else '')
-    return dict(name=table.name, space=table.space, source=table.source, splits=_records(about), devices=timed), text
+    lines = [f'space {table.space}, from {table.source or "kshot"}', _table_text(about)]
+    if timed: lines.append(f'latency on {", ".join(timed)}')
+    return dict(name=table.name, space=table.space, source=table.source, splits=_records(about), devices=timed), '\n'.join(lines)
 
 def _devices(space:str) -> list[str]: # none where there is no latency table
     try: return devices(space)

@@ -32,7 +32,7 @@ from .spaces import get_space
 from .tables import get_table, latency, reference, write_parquet
 from .train import CheckpointCallback, Learner, cosine, kshot_learner, load_newest, save_tensors, train_alone
 
-# %% ../nbs/93_runs.ipynb #a2985320
+# %% ../nbs/93_runs.ipynb #8a784192
 @dataclass(frozen=True)
 class Config:
     "What to train, and how; `ValueError` for an unknown space."
@@ -56,6 +56,7 @@ class Config:
     lr_codes:float=1e-3    # learning rate of the code module
     warmup:float=.1        # share of training with uniform codes
     even_step:bool=True    # divide the banks' gradient by the code's squared length
+    apart:float=1.         # how far from each other the supernets start
     wd:float|None=None     # weight decay
     seed:int=0             # of everything random
 
@@ -74,7 +75,7 @@ RECIPES['nds'] = RECIPES['darts']
 CODES = {'simplex': lambda space,config: SimplexNet(space, config.K), 'uniform': lambda space,config: UniformCode(config.K),
          'vertex': lambda space,config: VertexCode(config.K, config.block), 'free': lambda space,config: FreeCode(space, config.K)}
 
-# %% ../nbs/93_runs.ipynb #508b7876
+# %% ../nbs/93_runs.ipynb #8b3bb762
 def parts(
     config:Config, # what is asked
     seed:int|None=None, # of order and augmentation; None: the configuration's
@@ -110,7 +111,7 @@ def make_learner(
     space, net, dls = parts(config)
     codes = (UniformCode(1) if config.K == 1 else CODES[config.codes](space, config)).to(dls.device)
     return kshot_learner(net, space, dls, config.K, codes, config.sampler, config.seed, config.wd, config.even_step,
-                         mode=config.mode, lr=config.lr_codes, warmup=config.warmup)
+                         apart=config.apart, mode=config.mode, lr=config.lr_codes, warmup=config.warmup)
 
 # %% ../nbs/93_runs.ipynb #0a6df003
 def _commit() -> str|None: # the last one that changed the package, if it lies in a repository

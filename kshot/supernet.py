@@ -81,7 +81,7 @@ def redraw(
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
     return net
 
-# %% ../nbs/20_supernet.ipynb #661b2cef
+# %% ../nbs/20_supernet.ipynb #6c2e7801
 class Supernet(nn.Module):
     "K-shot supernets of a single-path network; `ValueError` if K < 1 or `ops` don't fit."
     def __init__(self,
@@ -89,6 +89,7 @@ class Supernet(nn.Module):
         K:int,          # number of supernets; 1 is one-shot
         ops:Ops|None=None, # names of the modules of (block, op); None: `net.blocks[l][o]`
         even_step:bool=True, # move the mixed weights as far as one-shot's, wherever the code is?
+        apart:float=1., # how far from the given network the supernets start, in units of independent draws
         redraw:Callable[[nn.Module], nn.Module]=redraw, # draws the parameters of a copy anew
     ):
         super().__init__()
@@ -101,7 +102,7 @@ class Supernet(nn.Module):
         rows = [dict(n.named_parameters(remove_duplicate=False)) for n in draws]
         for key,slots in self.slots.items():
             W = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
-            self.banks[key] = W + (W[0] - W.mean(0)) # the centre of the simplex is the network that was given
+            self.banks[key] = W[0] + apart*(W - W.mean(0)) # the centre of the simplex is the network that was given
         self.net, self._bn = _strip(copy.deepcopy(net))
 
 # %% ../nbs/20_supernet.ipynb #1a726054

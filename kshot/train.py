@@ -165,7 +165,7 @@ def after_batch(self:KShotCallback):
     "Give the banks their gradients back after a simplex step."
     if self.is_simplex_step: self.model.requires_grad_(True)
 
-# %% ../nbs/50_train.ipynb #0cabd65b
+# %% ../nbs/50_train.ipynb #8d6248fd
 def kshot_learner(
     net:nn.Module,   # `forward(x, path)`, see `kshot.networks`
     space:Space,     # its paths
@@ -176,10 +176,11 @@ def kshot_learner(
     seed:int=0,      # of the sampler
     wd:float=5e-4,   # weight decay
     even_step:bool=True, # see `kshot.supernet`
+    apart:float=1.,  # see `kshot.supernet`
     **kwargs,        # of `KShotCallback`
 ) -> Learner:        # fastai's, to `fit`
     "Learner of K-shot supernets; `learn.model` is the `Supernet`, `learn.k_shot.codes` makes the codes."
-    supernet = Supernet(net, K, even_step=even_step)
+    supernet = Supernet(net, K, even_step=even_step, apart=apart)
     codes = codes or (SimplexNet(space, K) if K > 1 else UniformCode(1))
     cb = KShotCallback(codes, get_sampler(sampler, space, seed), **kwargs)
     loss = nn.CrossEntropyLoss(label_smoothing=.1)
