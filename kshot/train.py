@@ -235,7 +235,7 @@ def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
     return out, dict(run=_identity(self), epoch=self.learn.epoch+1, n_epoch=self.learn.n_epoch,
                      sampler=self.sampler.state(), kept=[p for p,_ in self.kept])
 
-# %% ../nbs/50_train.ipynb #1e3aca7c
+# %% ../nbs/50_train.ipynb #d1868204
 def _part(tensors, prefix): return {n.removeprefix(prefix): t for n,t in tensors.items() if n.startswith(prefix)}
 
 @patch
@@ -265,7 +265,8 @@ def load_state(self:KShotCallback,
     for k,b in model.banks.items(): opt.state[b]['momentum_buffer'].copy_(momentum[k])
     for n,t in _part(tensors, 'adam/').items(): adam.setdefault(int(n.split('/')[0]), {})[n.split('/')[1]] = t
     if self.learns: self.opt_codes.load_state_dict({**self.opt_codes.state_dict(), 'state': adam})
-    self.kept = [(tuple(p), g) for p,g in zip(meta['kept'], tensors.get('kept', ()))]
+    device = next(self.learn.model.parameters()).device
+    self.kept = [(tuple(p), g.to(device)) for p,g in zip(meta['kept'], tensors.get('kept', ()))]
     self.sampler.load_state(meta['sampler'])
     self.learn.dls.train.generator.set_state(tensors['rng/loader'])
     torch.set_rng_state(tensors['rng/torch'])
