@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NB201Cell', 'Reduction', 'NB201Net', 'NB101Cell', 'NB101Net', 'DartsCell', 'DartsNet']
 
-# %% ../nbs/14_cells.ipynb #9a5d4084
+# %% ../nbs/14_cells.ipynb #274714e9
 from collections.abc import Iterator
 from functools import reduce
 from operator import add
 import torch
 from torch import Tensor, nn
-from .nb101 import EDGES, nb101_widths, prune
+from .nb101 import EDGES, living, nb101_widths
 from .ops import FactorizedReduce, Sliced, conv_bn, make_op, pool_and_classify, relu_conv_bn
 from .space import Path
 from .spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, get_space
@@ -66,7 +66,7 @@ class NB201Net(nn.Module):
             for cell in cells: x = cell(x, path)
         return self.head(x)
 
-# %% ../nbs/14_cells.ipynb #51c970c0
+# %% ../nbs/14_cells.ipynb #afd9d1e2
 class NB101Cell(nn.Module):
     "Five vertices between input and output, three ops at each."
     def __init__(self,
@@ -79,8 +79,7 @@ class NB101Cell(nn.Module):
         self.projections = nn.ModuleList(Sliced(c_in, c, 1) for _ in range(6)) # of the edges from the input
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
-        cell = prune(path)
-        if cell is None: raise ValueError(f'path {path}: no way from input to output')
+        cell = living(path)
         m, V, out = cell.matrix, len(cell.vertices), {}
         project = lambda k,c: [self.projections[cell.vertices[k]-1](x, self.c_in, c)] if m[0][k] else []
         for k,(v,o,c) in enumerate(zip(cell.vertices[1:], cell.ops, nb101_widths(m, self.c)), 1):
@@ -90,7 +89,7 @@ class NB101Cell(nn.Module):
         ends = [out[k] for k in range(1, V-1) if m[k][-1]]
         return reduce(add, ([torch.cat(ends, 1)] if ends else []) + project(V-1, self.c))
 
-# %% ../nbs/14_cells.ipynb #93a17a86
+# %% ../nbs/14_cells.ipynb #c00c9ba2
 class NB101Net(nn.Module):
     "Network of NAS-Bench-101."
     def __init__(self,
@@ -98,6 +97,7 @@ class NB101Net(nn.Module):
         n_cells:int=3,    # per stack
         n_classes:int=10, # classes
     ):
+        if c < 4: raise ValueError(f'c={c}, expected at least 4: up to four vertices share the channels of a cell')
         super().__init__()
         self.stem, self.c = conv_bn(3, c, 3), c
         shapes = [[(c*2**max(s-1, 0) if i == 0 else c*2**s, c*2**s) for i in range(n_cells)] for s in range(3)]
@@ -121,7 +121,7 @@ class NB101Net(nn.Module):
         path:Path, # 26 choices
     ) -> Iterator[tuple[int, ...]]: # block, op, its width in each stack
         "Ops of living vertices and projections of living edges from the input."
-        cell = prune(path)
+        cell = living(path)
         widths = list(zip(*(nb101_widths(cell.matrix, self.c*2**s) for s in range(3)))) + [()]
         for k,(v,w) in enumerate(zip(cell.vertices[1:], widths), 1):
             if v < 6: yield (20+v, cell.ops[k-1], *w)

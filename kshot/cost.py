@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cost']
 
-# %% ../nbs/18_cost.ipynb #90bddaa5
+# %% ../nbs/18_cost.ipynb #03d49889
 import copy
 from collections.abc import Iterable
 import numpy as np
@@ -13,18 +13,19 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
-from .networks import Ops, count_params, op_modules, op_owner, reads, subnet
+from .networks import Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
 from .space import Path
 
-# %% ../nbs/18_cost.ipynb #53230484
+# %% ../nbs/18_cost.ipynb #95942c96
 class Cost:
     "Exact MACs and parameters of paths."
     def __init__(self,
-        net:nn.Module, # `forward(x, path)`; copied without its weights
+        net:nn.Module, # `forward(x, path)`; copied to the meta device
         x_shape:tuple[int, ...], # one input, without the batch
         ops:Ops|None=None, # as in `op_modules`
     ):
-        self.owner = op_owner(op_modules(net, ops))
+        names = op_modules(net, ops)
+        self.owner, self.sizes = op_owner(names), block_sizes(net, names)
         self.net = copy.deepcopy(net).to('meta').eval()
         self.x, self.table = torch.empty(1, *x_shape, device='meta'), {} # op -> what it adds; None: what all share
 
@@ -47,13 +48,20 @@ class Cost:
     def __call__(self,
         paths:Iterable[Path], # N paths
     ) -> np.ndarray:          # `(N, 2)` MACs for one input, trainable parameters
-        "Cost of paths."
+        "Cost of paths; `ValueError` for a path that is none, or if what all paths share depends on the path."
         out = []
         for path in paths:
+            check_path(path, self.sizes)
             ops = [None, *map(tuple, reads(self.net, path))]
-            if any(op not in self.table for op in ops): self.table.update(self.measure(path))
+            if any(op not in self.table for op in ops): self._learn(self.measure(path))
             out.append(sum(self.table[op] for op in ops))
         return np.array(out).reshape(-1, 2)
+
+    def _learn(self, found):
+        for op,adds in found.items():
+            if (self.table.setdefault(op, adds) != adds).any():
+                raise ValueError(f'{type(self.net).__name__}: {op or "what all paths share"} costs {adds} here and {self.table[op]} elsewhere, '
+                                 'expected modules that only some paths call to be named as ops')
 
     def macs(self,
         path:Path, # op index per block

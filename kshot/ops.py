@@ -145,7 +145,7 @@ def dil_conv(
         return nn.Sequential(relu, dw, nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
     return make
 
-# %% ../nbs/10_ops.ipynb #7ba3b6dc
+# %% ../nbs/10_ops.ipynb #42d22bb6
 class Sliced(nn.Sequential):
     "Convolution, batch norm and ReLU that take the first channels of their weights."
     def __init__(self,
@@ -175,12 +175,13 @@ class Sliced(nn.Sequential):
     ) -> nn.Sequential: # its own parameters, copied from the first channels
         "Plain convolution, batch norm and ReLU of one width."
         conv, bn, _ = self
-        plain = conv_bn(c_in, c_out, conv.kernel_size[0]).to(conv.weight.device)
+        with conv.weight.device: plain = conv_bn(c_in, c_out, conv.kernel_size[0]).to(conv.weight.dtype)
         plain[1].eps, plain[1].momentum = bn.eps, bn.momentum
         with torch.no_grad():
             plain[0].weight.copy_(conv.weight[:c_out, :c_in])
             for name in ('weight', 'bias', 'running_mean', 'running_var'):
                 if (t := getattr(bn, name)) is not None: getattr(plain[1], name).copy_(t[:c_out])
+            if bn.num_batches_tracked is not None: plain[1].num_batches_tracked.copy_(bn.num_batches_tracked)
         return plain.train(self.training)
 
 # %% ../nbs/10_ops.ipynb #9ce4ca6b

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Path', 'Block', 'Space']
 
-# %% ../nbs/00_space.ipynb #8d8747ca
-import itertools, math
+# %% ../nbs/00_space.ipynb #dc3d3561
+import itertools, math, operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 import numpy as np
@@ -21,7 +21,7 @@ class Block:
     def __post_init__(self):
         if not self.choices: raise ValueError(f'block {self.name!r} has no choices: expected at least one')
 
-# %% ../nbs/00_space.ipynb #e51a300c
+# %% ../nbs/00_space.ipynb #30a90cd7
 Path = tuple[int, ...]
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Space:
     def check(self,
         path:Iterable[int], # op index per block
     ) -> Path:              # the same as a tuple of ints
-        "A path of this space; `ValueError` if its length, an index or the rule says that it is none."
-        p = tuple(int(o) for o in path)
+        "A path of this space; `ValueError` if its length, an index or the rule says that it is none, `TypeError` if its ops are no integers."
+        p = tuple(map(operator.index, path))
         if len(p) != len(self.blocks): raise ValueError(f'path {p} has {len(p)} ops, expected {len(self.blocks)} for space {self.name!r}')
         for b,o in zip(self.blocks, p):
             if not 0 <= o < len(b.choices): raise ValueError(f'path {p}: op {o} at block {b.name!r}, expected 0 to {len(b.choices)-1}')
@@ -86,7 +86,7 @@ def at(self:Space,
     for n in reversed(self.sizes): index,o = divmod(index, n); p.append(o)
     return self.check(reversed(p))
 
-# %% ../nbs/00_space.ipynb #345d9e19
+# %% ../nbs/00_space.ipynb #162fb1bf
 @patch
 def format(self:Space,
     path:Path, # op index per block
@@ -107,7 +107,7 @@ def parse(self:Space,
 ) -> Path: # op index per block
     "Path of a string; `ValueError` if it is none of this space."
     parts = s if max(self.sizes) <= 10 else s.split('-')
-    if parts and all(o.isdecimal() for o in parts): return self.check(parts)
+    if parts and all(o.isdecimal() for o in parts): return self.check(map(int, parts))
     if self.strings is not None: return self.check(self.strings[1](s))
     example = ('' if max(self.sizes) <= 10 else '-').join('0'*len(self.blocks))
     raise ValueError(f'path {s!r}, expected {len(self.blocks)} op numbers like {example!r}')

@@ -24,7 +24,7 @@ def macro_space() -> Space:
     "NAS-Bench-Macro: eight layers of three ops, 6,561 paths."
     return Space('macro', tuple(Block(f'layer {l}', ('identity', 'mb3_k3', 'mb6_k5')) for l in range(8)))
 
-# %% ../nbs/05_spaces.ipynb #4df100c3
+# %% ../nbs/05_spaces.ipynb #1f525c11
 NB201_OPS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
 NB201_EDGES = ((0,1), (0,2), (1,2), (0,3), (1,3), (2,3)) # (from, to) of each choice
 
@@ -42,7 +42,7 @@ def parse_nb201(
     found = re.findall(r'(\w+)~(\d)', s)
     if bad := [o for o,_ in found if o not in NB201_OPS]: raise ValueError(f'op {bad[0]!r}, expected one of {", ".join(NB201_OPS)}')
     path, form = tuple(NB201_OPS.index(o) for o,_ in found), nb201_string((0,)*6)
-    if len(path) != 6 or nb201_string(path) != s.strip(): raise ValueError(f'cell {s!r}, expected {form!r} with other ops')
+    if len(path) != 6 or nb201_string(path) != s.strip(): raise ValueError(f'cell {s[:120]!r}, expected {form!r} with other ops')
     return path
 
 def nb201_space() -> Space:
@@ -56,7 +56,7 @@ def nb101_space() -> Space:
     ops = tuple(Block(f'vertex {v}', NB101_OPS) for v in range(1, 6))
     return Space('nb101', edges+ops, is_cell, nb101_cells, (nb101_string, parse_nb101))
 
-# %% ../nbs/05_spaces.ipynb #26b450db
+# %% ../nbs/05_spaces.ipynb #663b28f5
 DARTS_OPS = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
 DARTS_CELLS = ('normal', 'reduce')
 
@@ -69,7 +69,9 @@ def darts_path(
     for name in DARTS_CELLS:
         cell, concat = genotype.get(name, ()), sorted(genotype.get(f'{name}_concat', ()))
         if len(cell) != 8: raise ValueError(f'{name} cell of {len(cell)} edges, expected 8')
-        for i,(op,node) in enumerate(cell):
+        for i,edge in enumerate(cell):
+            if not isinstance(edge, (list, tuple)) or len(edge) != 2: raise ValueError(f'{name} cell: edge {edge!r}, expected an op and a node')
+            op, node = edge
             if op not in DARTS_OPS: raise ValueError(f'op {op!r}, expected one of {", ".join(DARTS_OPS)}')
             if node not in range(2+i//2): raise ValueError(f'{name} cell: node {2+i//2} reads node {node}, expected 0 to {1+i//2}')
             path += DARTS_OPS.index(op), int(node)
@@ -89,22 +91,18 @@ def darts_string(
         parts.append(f'{name}_concat={[v for v,on in zip((2,3,4,5), path[32+4*c:36+4*c] or (1,)*4) if on]}')
     return f'Genotype({", ".join(parts)})'
 
-# %% ../nbs/05_spaces.ipynb #680dd56a
+# %% ../nbs/05_spaces.ipynb #c20cbdf4
 def parse_darts(
     s:str,            # what `darts_string` printed, with lists or `range`s
     has_concat:bool=False, # as in `darts_path`
 ) -> Path:            # 32 or 40 choices
     "Path of a genotype's text; `ValueError` if it is none."
     text = re.sub(r'range\((\d), ?(\d)\)', lambda m: str([*range(int(m[1]), int(m[2]))]), s.strip())
-    try:
-        genotype = {k.arg: ast.literal_eval(k.value) for k in ast.parse(text, mode='eval').body.keywords}
-        return darts_path(genotype, has_concat)
-    except (SyntaxError, AttributeError, TypeError) as e: why = e
-    except ValueError as e:
-        if 'expected' in str(e): raise
-        why = e
     form = "Genotype(normal=[('sep_conv_3x3', 0), ...], normal_concat=[2, 3, 4, 5], reduce=...)"
-    raise ValueError(f'genotype {s!r}, expected {form}') from why
+    try: genotype = {k.arg: list(ast.literal_eval(k.value)) for k in ast.parse(text, mode='eval').body.keywords}
+    except (SyntaxError, AttributeError, TypeError, ValueError, MemoryError, RecursionError) as e:
+        raise ValueError(f'genotype {s[:80]!r}, expected {form}') from e
+    return darts_path(genotype, has_concat)
 
 # %% ../nbs/05_spaces.ipynb #70f50cfb
 def darts_space(

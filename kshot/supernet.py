@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'Slot', 'redraw', 'Supernet', 'check_code', 'fresh_stats']
 
-# %% ../nbs/20_supernet.ipynb #225a3ba5
+# %% ../nbs/20_supernet.ipynb #75c44ef3
 import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from . import networks
-from .networks import Ops, op_modules, op_owner, reads
+from .networks import Ops, block_sizes, check_path, op_modules, op_owner, reads
 from .space import Path
 
 # %% ../nbs/20_supernet.ipynb #1703ae94
@@ -81,7 +81,7 @@ def redraw(
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
     return net
 
-# %% ../nbs/20_supernet.ipynb #6c2e7801
+# %% ../nbs/20_supernet.ipynb #a39a6737
 class Supernet(nn.Module):
     "K-shot supernets of a single-path network; `ValueError` if K < 1 or `ops` don't fit."
     def __init__(self,
@@ -95,8 +95,7 @@ class Supernet(nn.Module):
         super().__init__()
         if K < 1: raise ValueError(f'K={K}, expected at least 1')
         self.K, self.even_step, self.ops = K, even_step, op_modules(net, ops)
-        n_ops = lambda l: 1+max((o for l_,o in self.ops if l_ == l), default=0)
-        self.sizes = tuple(getattr(net, 'sizes', None) or map(n_ops, range(1+max(l for l,_ in self.ops)))) # choices of each block
+        self.sizes = block_sizes(net, self.ops)
         self.slots, self.banks = _slots(net, self.ops), nn.ParameterDict()
         draws = [net] + [redraw(copy.deepcopy(net)) for _ in range(K-1)]
         rows = [dict(n.named_parameters(remove_duplicate=False)) for n in draws]
@@ -129,7 +128,7 @@ def _strip(net:nn.Module) -> tuple[nn.Module, dict]:
         if n in momentum: m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
     return net, momentum
 
-# %% ../nbs/20_supernet.ipynb #81fa2e64
+# %% ../nbs/20_supernet.ipynb #13da3772
 def check_code(
     code:Tensor, # `(K,)`, or `(L, K)` with one code a block
     K:int,       # number of supernets
@@ -143,13 +142,7 @@ def check_code(
             raise ValueError(f'code {[round(v, 4) for v in c.flatten().tolist()]}, expected entries >= 0 that sum to 1')
     return code
 
-@patch
-def _check_path(self:Supernet, path:Path):
-    if len(path) != len(self.sizes): raise ValueError(f'path {tuple(path)} has {len(path)} ops, expected {len(self.sizes)}')
-    for l,(o,n) in enumerate(zip(path, self.sizes)):
-        if not 0 <= o < n: raise ValueError(f'path {tuple(path)}: op {o} at block {l}, expected 0 to {n-1}')
-
-# %% ../nbs/20_supernet.ipynb #1dbf8e9e
+# %% ../nbs/20_supernet.ipynb #f201eb02
 @patch
 def _keys(self:Supernet, path:Path) -> list[tuple[int|None, str]]:
     "Block and key of each bank that a path reads."
@@ -164,7 +157,7 @@ def weights(self:Supernet,
     "Weights that each path reads at its code."
     users = {} # (block, key) -> which of the paths read it
     for i,p in enumerate(paths):
-        self._check_path(p)
+        check_path(p, self.sizes)
         check_code(codes[i], self.K, len(self.sizes))
         for lk in self._keys(p): users.setdefault(lk, []).append(i)
     out = [{} for _ in paths]
@@ -176,9 +169,9 @@ def weights(self:Supernet,
             for s in self.slots[key]: out[i].update(dict.fromkeys(s.names, next(tensors)))
     return out
 
-# %% ../nbs/20_supernet.ipynb #95aca61f
+# %% ../nbs/20_supernet.ipynb #6aa6635f
 @patch
-def run(self:Supernet,
+def run_with(self:Supernet,
     x:Tensor,  # `(B, ...)`
     path:Path, # op index per block
     weights:dict[str, Tensor], # what `weights` returned for this path
@@ -194,10 +187,10 @@ def forward(self:Supernet,
     code:Tensor,            # `(K,)` or `(L, K)`; with N paths `(N, K)` or `(N, L, K)`
 ) -> Tensor:                # the network's output, in the order of `x`
     "Output at a path and a code, or of N chunks of the batch at N paths and codes."
-    if isinstance(path, tuple): return self.run(x, path, self.weights([path], code[None])[0])
+    if isinstance(path, tuple): return self.run_with(x, path, self.weights([path], code[None])[0])
     if len(path) > len(x): raise ValueError(f'{len(path)} paths for a batch of {len(x)}, expected at most one an image')
     chunks = zip(x.tensor_split(len(path)), path, self.weights(path, code))
-    return torch.cat([self.run(xi, p, w) for xi,p,w in chunks])
+    return torch.cat([self.run_with(xi, p, w) for xi,p,w in chunks])
 
 # %% ../nbs/20_supernet.ipynb #32f47efa
 @patch
