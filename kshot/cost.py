@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['Cost']
 
-# %% ../nbs/18_cost.ipynb #03d49889
+# %% ../nbs/18_cost.ipynb #12f7ecc8
 import copy
 from collections.abc import Iterable
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 from .networks import Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
 from .space import Path
 
-# %% ../nbs/18_cost.ipynb #95942c96
+# %% ../nbs/18_cost.ipynb #0fb64bbf
 class Cost:
     "Exact MACs and parameters of paths."
     def __init__(self,
@@ -45,32 +46,34 @@ class Cost:
         for n,p in module.named_parameters(): mine(n)[1] += p.numel()*p.requires_grad
         return {**found, None: np.array([flops[root]//2, count_params(module)]) - sum(found.values())}
 
-    def __call__(self,
-        paths:Iterable[Path], # N paths
-    ) -> np.ndarray:          # `(N, 2)` MACs for one input, trainable parameters
-        "Cost of paths; `ValueError` for a path that is none, or if what all paths share depends on the path."
-        out = []
-        for path in paths:
-            check_path(path, self.sizes)
-            ops = [None, *map(tuple, reads(self.net, path))]
-            if any(op not in self.table for op in ops): self._learn(self.measure(path))
-            out.append(sum(self.table[op] for op in ops))
-        return np.array(out).reshape(-1, 2)
+# %% ../nbs/18_cost.ipynb #d1c6f384
+@patch
+def __call__(self:Cost,
+    paths:Iterable[Path], # N paths
+) -> np.ndarray:          # `(N, 2)` MACs for one input, trainable parameters
+    "Cost of paths; `ValueError` for a path that is none, or if what all paths share depends on the path."
+    out = []
+    for path in paths:
+        check_path(path, self.sizes)
+        ops = [None, *map(tuple, reads(self.net, path))]
+        if any(op not in self.table for op in ops):
+            for op,adds in self.measure(path).items():
+                if (self.table.setdefault(op, adds) != adds).any():
+                    raise ValueError(f'{op or "what all paths share"} costs {adds} in path {path}, expected {self.table[op]} as in others: '
+                                     'modules that only some paths call must be named as ops')
+        out.append(sum(self.table[op] for op in ops))
+    return np.array(out).reshape(-1, 2)
 
-    def _learn(self, found):
-        for op,adds in found.items():
-            if (self.table.setdefault(op, adds) != adds).any():
-                raise ValueError(f'{type(self.net).__name__}: {op or "what all paths share"} costs {adds} here and {self.table[op]} elsewhere, '
-                                 'expected modules that only some paths call to be named as ops')
+@patch
+def macs(self:Cost,
+    path:Path, # op index per block
+) -> int:      # for one input
+    "Multiply-accumulates of a path."
+    return int(self([path])[0,0])
 
-    def macs(self,
-        path:Path, # op index per block
-    ) -> int:      # for one input
-        "Multiply-accumulates of a path."
-        return int(self([path])[0,0])
-
-    def n_params(self,
-        path:Path, # op index per block
-    ) -> int:      # trainable ones
-        "Parameters of a path."
-        return int(self([path])[0,1])
+@patch
+def n_params(self:Cost,
+    path:Path, # op index per block
+) -> int:      # trainable ones
+    "Parameters of a path."
+    return int(self([path])[0,1])

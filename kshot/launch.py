@@ -42,7 +42,7 @@ def _parser(f:Callable, n_places:int) -> _Parser:
     parser.add_argument('--json', action='store_true', help='print the result as one JSON object on the last line')
     return parser
 
-# %% ../nbs/95_launch.ipynb #a811b3fe
+# %% ../nbs/95_launch.ipynb #0c1a2c06
 def command(
     f:Callable|None=None, # returns (result for JSON, text to read); None: a decorator
     n_places:int=0,       # how many of its first arguments are given by their place
@@ -60,7 +60,8 @@ def command(
         except KeyboardInterrupt:
             print(f'\n{name}: interrupted; what is finished is kept, see {name} --help for how to go on', file=sys.stderr)
             sys.exit(130)
-        print(json.dumps(result) if as_json else text, file=out, flush=True)
+        try: print(json.dumps(result) if as_json else text, file=out, flush=True)
+        except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno()) # its reader has gone
     return main
 
 # %% ../nbs/95_launch.ipynb #8c8a82ee
@@ -87,7 +88,9 @@ def train(
     result = read_run(folder)['results']['train']
     return result, f'{folder}: epoch {result["epoch"]}, loss {result["loss"]:.3f}, accuracy of 16 paths {result["acc_valid"]:.3f}'
 
-# %% ../nbs/95_launch.ipynb #40d20179
+# %% ../nbs/95_launch.ipynb #a0dfeb1a
+_USUAL = {f.name: f.default for f in fields(Config)} | dict(seeds=1)
+
 @command
 def rank(
     name:str='run',      # of the experiment, or of a run that is trained already (its own arguments hold)
@@ -108,7 +111,12 @@ def rank(
     space = read_run(folder)['config']['space'] if is_run else config['space']
     asked = dict(table=table or space, n=n or None, dataset=table_data, split=table_split, epochs=table_epochs)
     _threads(folder) if is_run else _threads(**config)
-    if is_run: frame, of = rank_run(folder, asked, **how), {name: folder}
+    if is_run:
+        had = dict(read_run(folder)['config'], seeds=1)
+        for k,v in dict(config, seeds=seeds).items():
+            if v not in (had.get(k), _USUAL[k]):
+                raise ValueError(f'folder {str(folder)!r} holds a run with {k}={had.get(k)!r}, expected {k}={v!r}: choose another --name')
+        frame, of = rank_run(folder, asked, **how), {name: folder}
     else:
         config = Config(**config)
         frame = rank_seeds(config, folder, asked, seeds, **how)

@@ -15,7 +15,7 @@ from .runs import get_truth, load_run, rank_scores, read_run
 from .spaces import get_space
 from .tables import read_log
 
-# %% ../nbs/94_report.ipynb #e02c9d70
+# %% ../nbs/94_report.ipynb #52a2d071
 def _read(folder, name): # a Parquet file of a run, or None
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
@@ -27,7 +27,8 @@ def _rank_section(runs, asked):
     scores = {k: s for k,f in runs.items() if (s := _read(f, 'scores')) is not None}
     if not scores or asked is None: return []
     truth = get_truth(**asked)
-    scores = {k: s[s.path.isin(truth.index)] for k,s in scores.items()}
+    common = set.intersection(set(truth.index), *(set(s.path) for s in scores.values()))
+    scores = {k: s[s.path.isin(common)] for k,s in scores.items()}
     protocol, truth, what = rank_scores(scores, truth), truth.mean(axis=1), ', '.join(f'{k} {v}' for k,v in asked.items() if v is not None)
     frames = [s.assign(name=k, acc_alone=truth[s.path].to_numpy()) for k,s in scores.items()]
     taus = protocol.set_index('scorer')[['tau', 'low', 'high']].to_dict('index')
@@ -38,11 +39,11 @@ def _rank_section(runs, asked):
              plots.plot_protocol(protocol.set_index('scorer'), _names(scores)), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #a349b95f
+# %% ../nbs/94_report.ipynb #9f6f36b1
 def _codes_section(folder):
     "Codes of the scored paths of a run with K > 1, or of a sample if it was not scored."
+    if read_run(folder)['config']['K'] == 1: return []
     config, learn = load_run(folder)
-    if config.K == 1: return []
     space, scores = get_space(config.space), _read(folder, 'scores')
     paths = sorted(set(space.sample(np.random.default_rng(0), 2000))) if scores is None else [space.parse(p) for p in scores.path]
     with torch.no_grad(): codes = learn.k_shot.codes(paths).cpu().numpy()

@@ -21,7 +21,7 @@ class Block:
     def __post_init__(self):
         if not self.choices: raise ValueError(f'block {self.name!r} has no choices: expected at least one')
 
-# %% ../nbs/00_space.ipynb #30a90cd7
+# %% ../nbs/00_space.ipynb #d9bb5612
 Path = tuple[int, ...]
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Space:
     def check(self,
         path:Iterable[int], # op index per block
     ) -> Path:              # the same as a tuple of ints
-        "A path of this space; `ValueError` if its length, an index or the rule says that it is none, `TypeError` if its ops are no integers."
+        "A path of this space; `ValueError` if its length, an index or the rule says that it is none, `TypeError` if its ops are not ints."
         p = tuple(map(operator.index, path))
         if len(p) != len(self.blocks): raise ValueError(f'path {p} has {len(p)} ops, expected {len(self.blocks)} for space {self.name!r}')
         for b,o in zip(self.blocks, p):

@@ -56,7 +56,7 @@ def nb101_space() -> Space:
     ops = tuple(Block(f'vertex {v}', NB101_OPS) for v in range(1, 6))
     return Space('nb101', edges+ops, is_cell, nb101_cells, (nb101_string, parse_nb101))
 
-# %% ../nbs/05_spaces.ipynb #663b28f5
+# %% ../nbs/05_spaces.ipynb #6c87e477
 DARTS_OPS = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
 DARTS_CELLS = ('normal', 'reduce')
 
@@ -70,7 +70,8 @@ def darts_path(
         cell, concat = genotype.get(name, ()), sorted(genotype.get(f'{name}_concat', ()))
         if len(cell) != 8: raise ValueError(f'{name} cell of {len(cell)} edges, expected 8')
         for i,edge in enumerate(cell):
-            if not isinstance(edge, (list, tuple)) or len(edge) != 2: raise ValueError(f'{name} cell: edge {edge!r}, expected an op and a node')
+            if not isinstance(edge, (list, tuple)) or len(edge) != 2:
+                raise ValueError(f'{name} cell: edge {edge!r}, expected an op and a node')
             op, node = edge
             if op not in DARTS_OPS: raise ValueError(f'op {op!r}, expected one of {", ".join(DARTS_OPS)}')
             if node not in range(2+i//2): raise ValueError(f'{name} cell: node {2+i//2} reads node {node}, expected 0 to {1+i//2}')
