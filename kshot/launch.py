@@ -88,7 +88,7 @@ def train(
     result = read_run(folder)['results']['train']
     return result, f'{folder}: epoch {result["epoch"]}, loss {result["loss"]:.3f}, accuracy of 16 paths {result["acc_valid"]:.3f}'
 
-# %% ../nbs/95_launch.ipynb #a0dfeb1a
+# %% ../nbs/95_launch.ipynb #79f3e620
 _USUAL = {f.name: f.default for f in fields(Config)} | dict(seeds=1)
 
 @command
@@ -109,7 +109,7 @@ def rank(
     folder, how = runs/name, dict(n_calibration=n_calibration, bf16=bf16, progress=True)
     is_run = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
     space = read_run(folder)['config']['space'] if is_run else config['space']
-    asked = dict(table=table or space, n=n or None, dataset=table_data, split=table_split, epochs=table_epochs)
+    asked = dict(table=table or space, n=n or None, **reference(get_table(table or space), table_data, table_split, table_epochs))
     _threads(folder) if is_run else _threads(**config)
     if is_run:
         had = dict(read_run(folder)['config'], seeds=1)
