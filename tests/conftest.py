@@ -29,7 +29,7 @@ def copy_tree(
     for name in 'kshot', 'nbs': shutil.copytree(ROOT/name, dest/name, symlinks=True, ignore=skip)
     return dest
 
-@pytest.fixture
+@pytest.fixture(scope='session') # before a test's own fixtures change the environment
 def data():
     "The folder of benchmark data that `KSHOT_DATA` names"
     folder = Path(os.environ.get('KSHOT_DATA', ROOT.parent/'shared'/'data'))

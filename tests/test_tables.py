@@ -63,7 +63,7 @@ def test_import_show_list(home, tmp_path, call):
     code, out, err = call('import', 'macro', macro_file(tmp_path/'m.json'), '--json')
     assert code == 0, err
     assert json.loads(out) == dict(name='macro', space='macro', source='m.json', splits=[
-        dict(dataset='cifar10', split='test', epochs=50, paths=3, seeds=3, acc_min=.5, acc_median=.52, acc_max=.54)])
+        dict(dataset='cifar10', split='test', epochs=50, paths=3, seeds=3, acc_min=.5, acc_median=.52, acc_max=.54)], devices=[])
     assert os.listdir(home/'tables') == ['macro.parquet']
     assert json.loads(call('show', 'macro', '--json')[1]) == json.loads(out)
     assert json.loads(call('list', '--json')[1])['tables'][1] == dict(name='macro', kind='imported', file=str(home/'tables/macro.parquet'))
