@@ -35,7 +35,7 @@ def accuracy_loss(
     right, loss = torch.stack(sums).sum(0).tolist()
     return right/n, loss/n
 
-# %% ../nbs/62_evaluate.ipynb #5c7c423b
+# %% ../nbs/62_evaluate.ipynb #231431c7
 def fixed_batches(
     dl:TensorLoader, # of training images
     n:int,           # number of batches
@@ -62,6 +62,7 @@ def recalibrate_bn(
         _average(norms, [x for x,_ in batches], lambda x: supernet.run_with(x, path, weights, stats))
     return stats | {n: c + len(batches) for n,c in counts.items()}
 
+# %% ../nbs/62_evaluate.ipynb #bdeaf69d
 @contextmanager
 def evaluating(
     supernet:Supernet, # in any mode, and back in it afterwards
@@ -99,7 +100,7 @@ def score_path(
     stats = recalibrate_bn(supernet, path, weights, calibration) if calibration else None
     with evaluating(supernet): return accuracy_loss(lambda x: supernet.run_with(x, path, weights, stats), batches)
 
-# %% ../nbs/62_evaluate.ipynb #38ab5423
+# %% ../nbs/62_evaluate.ipynb #fa607071
 def _advance(supernet:Supernet, name:str, lent:tuple, cal:list|None, xs:list) -> tuple[list|None, list]:
     "What module `name` makes of calibration batches, each by its own statistics, and of others by their mean (no `cal`: by their own)."
     weights, stats = lent
@@ -108,6 +109,7 @@ def _advance(supernet:Supernet, name:str, lent:tuple, cal:list|None, xs:list) ->
     norms, run = [supernet.net.get_submodule(n) for n in supernet._bn if mine(n)], lambda x: functional_call(module, w, (x,))
     return (_average(norms, cal, run) if cal else None), [run(x) for x in xs]
 
+# %% ../nbs/62_evaluate.ipynb #ebc16e69
 @torch.no_grad()
 def score_chain(
     supernet:Supernet,  # one supernet of a `kshot.networks.Chain`

@@ -32,7 +32,7 @@ from .spaces import get_space
 from .tables import get_table, latency, reference, write_parquet
 from .train import CheckpointCallback, Learner, cosine, kshot_learner, load_newest, save_tensors, train_alone
 
-# %% ../nbs/93_runs.ipynb #8a784192
+# %% ../nbs/93_runs.ipynb #455892b1
 @dataclass(frozen=True)
 class Config:
     "What to train, and how; `ValueError` for an unknown space."
@@ -65,6 +65,7 @@ class Config:
         for k,v in RECIPES[self.space].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
 
+# %% ../nbs/93_runs.ipynb #b53e7daf
 _cifar = dict(data='cifar10', portion=.5, passes=1)
 RECIPES = {'digits': dict(data='digits', epochs=30, passes=25, bs=100, lr=.05, wd=5e-4),
            'macro': _cifar | dict(epochs=50, bs=256, lr=.1, wd=5e-4),
