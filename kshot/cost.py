@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cost']
 
-# %% ../nbs/18_cost.ipynb #12f7ecc8
+# %% ../nbs/18_cost.ipynb #058073de
 import copy
 from collections.abc import Iterable
 import numpy as np
@@ -14,10 +14,15 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
-from .networks import Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
+from .networks import Chain, Ops, WidthChain, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
 from .space import Path
 
-# %% ../nbs/18_cost.ipynb #0fb64bbf
+# %% ../nbs/18_cost.ipynb #89960c55
+def _free(net): # as far as MACs go; here these would take most of the time
+    for m in net.modules():
+        if isinstance(m, (_BatchNorm, nn.ReLU, nn.Hardswish, nn.Hardsigmoid)): m.forward = lambda x: x
+    return net
+
 class Cost:
     "Exact MACs and parameters of paths."
     def __init__(self,
@@ -29,14 +34,13 @@ class Cost:
         self.owner, self.sizes = op_owner(names), block_sizes(net, names)
         self.net = copy.deepcopy(net).to('meta').eval()
         self.x, self.table = torch.empty(1, *x_shape, device='meta'), {} # op -> what it adds; None: what all share
+        self.inputs = self._block_inputs() if ops is None and type(net) in (Chain, WidthChain) else None
 
     def measure(self,
         path:Path, # op index per block
     ) -> dict:     # op -> (MACs, parameters); None: what is left
         "Measure a path's subnet, op by op."
-        module = subnet(self.net, path)
-        for m in module.modules():
-            if isinstance(m, _BatchNorm): m.forward = lambda x: x # costs nothing, but half of the time here
+        module = _free(subnet(self.net, path))
         with FlopCounterMode(display=False) as counter, torch.no_grad(): module(self.x)
         flops, root = {k: sum(v.values()) for k,v in counter.get_flop_counts().items()}, type(module).__name__
         found = {op: np.zeros(2, int) for op in map(tuple, reads(self.net, path))}
@@ -44,9 +48,35 @@ class Cost:
         mine = lambda name: found.get(of.get(self.owner(name.removeprefix('net.'))), unused)
         for n in {n.target for n in module.graph.nodes if n.op == 'call_module'}: mine(n)[0] += flops.get(f'{root}.{n}', 0)//2
         for n,p in module.named_parameters(): mine(n)[1] += p.numel()*p.requires_grad
-        return {**found, None: np.array([flops[root]//2, count_params(module)]) - sum(found.values())}
+        found[None] = np.array([flops[root]//2, count_params(module)]) - sum(found.values())
+        return {op: tuple(adds.tolist()) for op,adds in found.items()}
 
-# %% ../nbs/18_cost.ipynb #d1c6f384
+# %% ../nbs/18_cost.ipynb #93fc3151
+@patch
+def _block_inputs(self:Cost) -> list: # what comes into each block of a chain
+    net, inputs = _free(copy.deepcopy(self.net)), []
+    with torch.no_grad():
+        x = net.stem(self.x)
+        for l,o,*c in reads(net, (0,)*len(self.sizes)):
+            inputs.append(x)
+            x = net.blocks[l][o](x, *c)
+    return inputs
+
+@patch
+def measure_ops(self:Cost,
+    ops:Iterable[tuple[int, ...]], # (block, op), and its channels where it has a middle
+) -> dict: # op -> (MACs, parameters)
+    "Measure ops of a chain, each alone."
+    op_at = lambda l,o,*c: self.net.blocks[l][o].at(*c) if c else copy.deepcopy(self.net.blocks[l][o])
+    modules, out = {op: _free(op_at(*op)) for op in ops}, {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for op,module in modules.items():
+            before = counter.get_total_flops()
+            module(self.inputs[op[0]])
+            out[op] = (counter.get_total_flops() - before)//2, count_params(module)
+    return out
+
+# %% ../nbs/18_cost.ipynb #e1983c60
 @patch
 def __call__(self:Cost,
     paths:Iterable[Path], # N paths
@@ -56,12 +86,12 @@ def __call__(self:Cost,
     for path in paths:
         check_path(path, self.sizes)
         ops = [None, *map(tuple, reads(self.net, path))]
-        if any(op not in self.table for op in ops):
-            for op,adds in self.measure(path).items():
-                if (self.table.setdefault(op, adds) != adds).any():
+        if new := [op for op in ops if op not in self.table]:
+            for op,adds in (self.measure(path) if self.inputs is None or not self.table else self.measure_ops(new)).items():
+                if self.table.setdefault(op, adds) != adds:
                     raise ValueError(f'{op or "what all paths share"} costs {adds} in path {path}, expected {self.table[op]} as in others: '
                                      'modules that only some paths call must be named as ops')
-        out.append(sum(self.table[op] for op in ops))
+        out.append([sum(n) for n in zip(*(self.table[op] for op in ops))])
     return np.array(out).reshape(-1, 2)
 
 @patch

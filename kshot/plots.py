@@ -300,7 +300,17 @@ def plot_pareto(
         fig.add_vline(x=budget, line=dict(color=GREY, width=1.5, dash='dash'), annotation=dict(text='budget', font_color=GREY))
     return _finish(fig, title, note, 440, margin_b=96, xaxis_title_text=_words.get(cost, cost), yaxis_title_text=_words.get(score, score))
 
-# %% ../nbs/88_plots.ipynb #d00b9c58
+# %% ../nbs/88_plots.ipynb #7ff43851
+def _rows(space:Space, path) -> list[tuple[str, list[str], int]]: # name, choices and the one taken; with its width, where each op has one
+    rows, widths = [], [b.choices[o] for b,o in zip(space.blocks, path) if b.kind == 'width']
+    has_each = 2*len(widths) == len(path)
+    for l,(b,o) in enumerate(zip(space.blocks, path)):
+        if has_each and b.kind == 'width': continue
+        choices = list(map(str, b.choices))
+        if has_each: choices[o] += f' × {widths[l]}'
+        rows.append((b.name, choices, o))
+    return rows
+
 def draw_path(
     space:Space,       # where the path comes from
     path,              # a tuple, or as `space.format` writes it
@@ -309,9 +319,10 @@ def draw_path(
 ) -> go.Figure:
     "The choices of a path, block by block; `ValueError` if it is none of `space`."
     path = space.check(space.parse(path) if isinstance(path, str) else path)
-    wide, L = max(space.sizes) <= max_choices, len(path)
-    rows = [[str(o) for o in b.choices] if wide else [str(b.choices[o])] for b,o in zip(space.blocks, path)]
-    at = [o if wide else 0 for o in path] # column of each choice
+    names, choices, taken = zip(*_rows(space, path))
+    wide, L = max(space.sizes) <= max_choices, len(names)
+    rows = [c if wide else [c[o]] for c,o in zip(choices, taken)]
+    at = [o if wide else 0 for o in taken] # column of each choice
     n = max(map(len, rows))
     boxes = [[(1. if j == at[l] else 0.) if j < len(r) else np.nan for j in range(n)] for l,r in enumerate(rows)]
     fig = go.Figure(go.Heatmap(z=boxes, x=list(range(n)), y=list(range(1, L+1)), zmin=0, zmax=1, xgap=8, ygap=16, hoverinfo='skip',
@@ -323,7 +334,7 @@ def draw_path(
     for cells,color in ((off, None), (on, '#FFFFFF')):
         fig.add_scatter(**dict(zip(('x', 'y', 'text'), zip(*cells))), mode='text', textfont_color=color, hoverinfo='skip')
     fig.update_xaxes(visible=False, range=[-.5, n-.5])
-    fig.update_yaxes(range=[L+1.4, -.4], tickvals=list(range(1, L+1)), ticktext=[b.name for b in space.blocks], showgrid=False)
+    fig.update_yaxes(range=[L+1.4, -.4], tickvals=list(range(1, L+1)), ticktext=list(names), showgrid=False)
     return _finish(fig, title or f'Path {space.format(path)}', '', 70+46*(L+2), showlegend=False, margin=dict(t=50, b=8))
 
 # %% ../nbs/88_plots.ipynb #6fb90d04
