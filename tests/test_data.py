@@ -1,5 +1,5 @@
 "Images as other programs write and read them, splits that hold across processes, the real CIFAR-10, a GPU"
-import io, os, subprocess, sys
+import io, os, pickle, subprocess, sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -177,3 +177,93 @@ def test_loader_never_waits_for_the_gpu():
     assert torch.allclose(torch.cat([x for x,_ in plain]).cpu(), want, atol=1e-6)
     dy, dx, flip = torch.randint(0, 9, (2,1000,1)), torch.randint(0, 9, (1000,1)), torch.randint(0, 2, (1000,1)).bool()
     assert torch.equal(move(x.cuda(), dy[0].cuda(), dx.cuda(), 4, flip.cuda()).cpu(), move(x, dy[0], dx, 4, flip))
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "A folder of three classes, 12 noisy JPEGs to train and 3 to test each, and three broken files"
+    root, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
+    for split,n in (('train', 12), ('val', 3)):
+        for c in ('ant', 'bee', 'cat'):
+            (root/split/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (40+i, 60-i, 3), np.uint8)).save(root/split/c/f'{i:02d}.jpg')
+    whole = (root/'train/ant/03.jpg').read_bytes()
+    for f,content in (('train/ant/03.jpg', whole[:500]), ('train/cat/11.jpg', b''), ('val/bee/01.jpg', b'text')): (root/f).write_bytes(content)
+    return root
+
+BROKEN = ['train/ant/03.jpg', 'train/cat/11.jpg', 'val/bee/01.jpg']
+
+def same_batches(a, b): return all(torch.equal(u, v) for p,q in zip(a, b, strict=True) for u,v in zip(p, q, strict=True))
+
+def photo_loaders(folder, **kwargs): return get_data('imagenet', **dict(folder=folder, bs=6, px=24, n_valid=11, n_workers=0) | kwargs)
+
+@pytest.mark.parametrize('augment', ['mild', 'strong'])
+def test_workers_leave_no_trace(photos, augment):
+    here, there = (photo_loaders(photos, augment=augment, n_workers=n) for n in (0, 2))
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    for a,b in zip(here, there):
+        for _ in range(2): assert same_batches(list(a), list(b)) # two epochs
+        assert torch.equal(a.generator.get_state(), b.generator.get_state())
+        assert same_batches(a.fixed(7), b.fixed(7))
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
+    for dls in here, there: assert sorted(f for dl in dls for f in dl.broken) == BROKEN
+
+@pytest.mark.parametrize('n_workers', [0, 2])
+def test_resume_to_the_bit(photos, n_workers):
+    dls = photo_loaders(photos, n_workers=n_workers, passes=2)
+    list(dls.train)
+    state = dls.train.generator.get_state()
+    later = [list(dls.train) for _ in range(2)]
+    new = photo_loaders(photos, n_workers=2-n_workers, passes=2, seed=9)
+    new.train.generator.set_state(state)
+    assert all(same_batches(epoch, list(new.train)) for epoch in later)
+    assert not same_batches(*later) and torch.equal(new.train.generator.get_state(), dls.train.generator.get_state())
+
+def test_an_epoch_that_is_left_does_not_leak_into_the_next(photos):
+    a, b = (photo_loaders(photos, n_workers=2).train for _ in range(2))
+    next(iter(a)), list(b)
+    assert same_batches(a.fixed(2), b.fixed(2))
+    assert same_batches(list(a), list(b))
+    for (x,_),_ in zip(a, range(2)): a.fixed(1) # in the middle of an epoch
+    assert x.shape == (6,3,24,24) and not same_batches(list(a), list(b)) # one epoch ahead
+
+def test_shards_with_workers(photos):
+    one, *ranks = [photo_loaders(photos, n_workers=n, shard=s) for n,s in ((0, (0, 1)), (1, (0, 2)), (2, (1, 2)))]
+    for i in range(3):
+        for (x,y),*shares in zip(one[i], *(o[i] for o in ranks), strict=True):
+            for r,(a,b) in enumerate(shares): assert torch.equal(a, x[r::2]) and torch.equal(b, y[r::2])
+    assert sorted({f for dls in ranks for dl in dls for f in dl.broken}) == sorted({f for dl in one for f in dl.broken})
+
+def test_workers_that_are_not_forked(photos):
+    images = photo_loaders(photos, augment='strong').train.images
+    assert torch.equal(pickle.loads(pickle.dumps(images))[5, 7][0], images[5, 7][0])
+
+def test_nothing_readable(tmp_path):
+    for f in [f'{s}/{c}/{i}.jpg' for s in ('train', 'val') for c in 'ab' for i in range(3)]: (tmp_path/f).parent.mkdir(parents=True, exist_ok=True); (tmp_path/f).touch()
+    for n_workers in 0, 2:
+        dls = photo_loaders(tmp_path, n_valid=2, bs=2, n_workers=n_workers)
+        with pytest.raises(ValueError, match='cannot be read') as e: list(dls[2])
+        assert str(e.value) == "image 'val/a/0.jpg' and the 5 after it cannot be read"
+
+SPLIT = '''
+import hashlib, sys
+from kshot.folder import folder_splits
+splits, classes = folder_splits(sys.argv[1], 11)
+print(hashlib.sha256(b''.join(o.names.tobytes() + o.y.numpy().tobytes() for o in splits.values())).hexdigest())
+'''
+
+def test_splits_hold_across_processes_and_copies(photos, tmp_path):
+    for f in sorted(photos.rglob('*.jpg'), key=lambda f: f.name[::-1], reverse=True):
+        (to := tmp_path/f.relative_to(photos)).parent.mkdir(parents=True, exist_ok=True)
+        to.symlink_to(f)
+    out = [subprocess.run([sys.executable, '-c', SPLIT, d], capture_output=True, text=True, check=True).stdout for d in (photos, tmp_path)]
+    assert out[0] == out[1] and len(out[0]) == 65
+
+@pytest.mark.cuda
+def test_files_on_the_gpu(photos):
+    here, there = (photo_loaders(photos, n_workers=2) for _ in range(2))
+    there.to('cuda')
+    for a,b in zip(here, there):
+        for (x,y),(u,v) in zip(a, b, strict=True):
+            assert u.is_cuda and v.is_cuda and u.is_contiguous(memory_format=torch.channels_last)
+            assert torch.allclose(u.cpu(), x, atol=1e-6) and torch.equal(v.cpu(), y)
+        assert torch.equal(a.generator.get_state(), b.generator.get_state())
