@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'ENUMERABLE', 'SAMPLERS', 'FileLock', 'Search', 'search', 'pareto']
 
-# %% ../nbs/70_search.ipynb #61c667d7
-import math, os, sys
+# %% ../nbs/70_search.ipynb #de0841ea
+import math, os, re, sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from functools import cache
 from itertools import count
 from pathlib import Path as FilePath
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 import numpy as np
 import optuna
 import pandas as pd
@@ -21,12 +21,12 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import InMemoryStorage, JournalStorage
+from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from .space import Path, Space
 
-# %% ../nbs/70_search.ipynb #16bb85c0
+# %% ../nbs/70_search.ipynb #5de2a5e2
 class FileLock:
     "Lock among processes and among threads, open again when its holder dies; the file goes when the lock does."
     def __init__(self,
@@ -52,38 +52,83 @@ class FileLock:
         flock(self.file, LOCK_UN)
         self.file.close()
 
-# %% ../nbs/70_search.ipynb #111c0a97
+    __enter__ = acquire
+    def __exit__(self, *_): self.release()
+
+# %% ../nbs/70_search.ipynb #cf0b4881
 def _mend(
     fname:FilePath, # journal, need not exist
 ):
     "Cut an unfinished last line off a journal; `ValueError` if the file is none."
     if not fname.exists(): return
     data, head = fname.read_bytes(), b'{"op_code":'
-    if data[:len(head)] != head[:len(data)]: raise ValueError(f'{fname} begins with {data[:12]!r}, expected a journal file of Optuna')
+    if data[:len(head)] != head[:len(data)]: raise ValueError(f'it begins with {data[:12]!r}, expected a journal file of Optuna')
     if (end := data.rfind(b'\n')+1) < len(data): os.truncate(fname, end)
 
+# %% ../nbs/70_search.ipynb #0c461032
+def _shown(
+    storage, # file or URL
+) -> str:
+    "A storage as messages name it."
+    return re.sub(r'(?<!sqlite)://.*', '://***', str(storage), flags=re.S)
+
+@contextmanager
+def _storage_errors(
+    storage, # file or URL
+):
+    "Whatever a storage raises inside is a `ValueError` of one line without the password."
+    try: yield
+    except Exception as e:
+        e = e.__cause__ or e
+        text = str(getattr(e, 'orig', None) or e).strip().partition('\n')[0]
+        secrets = re.findall(r'//[^:]*:(.*)@|password=([^&]*)', str(storage), flags=re.S)
+        pieces = lambda p: (p, *(o for o in re.split('[:/@?]', p) if len(o) > 3)) # a driver may read less of it
+        parts = {q for found in secrets for s in found for p in (s, unquote(s)) for q in pieces(p) if q}
+        for part in sorted(parts, key=len, reverse=True): text = text.replace(part, '***')
+        hint = ', expected the driver of the database: for PostgreSQL, pip install "psycopg[binary]"' if isinstance(e, ImportError) else ''
+        raise ValueError(f'storage {_shown(storage)} cannot be used: {type(e).__name__}: {text}{hint}') from None
+
+# %% ../nbs/70_search.ipynb #b77d5eb3
+def _locks_of(
+    storage, # journal, URL or None
+    locks,   # folder; None: next to a file
+) -> FilePath|None: # None: no locks
+    "Folder of the locks of a storage."
+    file = re.sub(r'^sqlite:///([^?]*).*', r'\1', str(storage))
+    if storage is None: return None
+    return FilePath(locks) if locks else None if '://' in file else FilePath(f'{file}.locks')
+
+def _opened(
+    storage, # journal or URL
+    locks:FilePath|None, # folder of the locks
+):
+    "Optuna's storage, made if it is not there; one worker at a time."
+    if locks: locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks/'journal') if locks else nullcontext()
+    if '://' in str(storage):
+        with lock: return RDBStorage(storage)
+    with lock: _mend(FilePath(storage))
+    try: return JournalStorage(JournalFileBackend(str(storage), lock))
+    except (ValueError, KeyError, AssertionError) as e: raise ValueError(f'{e!r}, expected a journal file of Optuna') from None
+
+# %% ../nbs/70_search.ipynb #2b9847ad
 def _record(
-    storage,         # journal; None: keep the study in memory
-    name:str,        # name of the study in the journal
+    storage,         # journal or URL; None: keep the study in memory
+    locks:FilePath|None, # folder of the locks
+    name:str,        # name of the study in the storage
     directions:list, # of the objectives
     about:dict,      # what a study must agree in to go on
 ) -> optuna.Study:
-    "Study that keeps finished trials, new or as it was; `ValueError` if the file is no journal or the study is about something else."
+    "Study that keeps finished trials, new or as it was; `ValueError` if the storage cannot be used or the study is about something else."
     if storage is None: return optuna.create_study(storage=InMemoryStorage(), directions=directions)
-    fname, lock = FilePath(storage), FileLock(f'{storage}.locks/journal')
-    lock.fname.parent.mkdir(parents=True, exist_ok=True)
-    lock.acquire()
-    try: _mend(fname)
-    finally: lock.release()
-    try: journal = JournalStorage(JournalFileBackend(str(fname), lock))
-    except (ValueError, KeyError, AssertionError) as e:
-        raise ValueError(f'{fname} is broken, expected a journal file of Optuna: {e!r}') from e
-    try: study = optuna.load_study(study_name=name, storage=journal) # reading writes nothing
-    except KeyError: study = optuna.create_study(study_name=name, storage=journal, directions=directions, load_if_exists=True)
-    found = study.user_attrs.get('about')
-    if found is None: study.set_user_attr('about', about)
+    with _storage_errors(storage):
+        opened = _opened(storage, locks)
+        try: study = optuna.load_study(study_name=name, storage=opened) # reading writes nothing
+        except KeyError: study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
+        found = study.user_attrs.get('about')
+        if found is None: study.set_user_attr('about', about)
     for k in found or {}:
-        if found[k] != about[k]: raise ValueError(f'study {name!r} in {fname} has {k} {found[k]}, expected {about[k]}')
+        if found[k] != about[k]: raise ValueError(f'study {name!r} in {_shown(storage)} has {k} {found[k]}, expected {about[k]}')
     return study
 
 @contextmanager
@@ -94,16 +139,17 @@ def _quiet():
     try: yield
     finally: optuna.logging.set_verbosity(before)
 
-# %% ../nbs/70_search.ipynb #616ffc26
+# %% ../nbs/70_search.ipynb #d678930d
 class Search:
-    "Paths of a space under budgets, and what they have scored; `ValueError` for a budget without a cost or another file or study."
+    "Paths of a space under budgets, and what they have scored; `ValueError` for a budget without a cost, another study or a bad storage."
     def __init__(self,
         space:Space,             # where to search
         costs:dict|None=None,    # name -> `cost(path)`, a number; one column each
         budgets:dict|None=None,  # name of a cost -> the most allowed
         tradeoff:str|None=None,  # name of a cost to minimise besides maximising the score
-        storage=None,            # journal file, shared by workers and made if it is not there; None: memory
-        name:str='search',       # of the study: a journal can hold several
+        storage=None,            # journal file or URL of a database, shared by workers and made if it is not there; None: memory
+        name:str='search',       # of the study: a storage can hold several
+        locks=None,              # folder that workers share, one for each storage; None: next to the file, a server has none
     ):
         self.space, self.costs, self.budgets, self.tradeoff, self.name = space, costs or {}, budgets or {}, tradeoff, name
         unknown = [k for k in (*self.budgets, *([tradeoff] if tradeoff else ())) if k not in self.costs]
@@ -113,12 +159,12 @@ class Search:
         self.directions = ['maximize', 'minimize'] if tradeoff else ['maximize']
         about = dict(space=space.name, blocks=[[b.name, *b.choices] for b in space.blocks], tradeoff=tradeoff)
         self.told, self.n_seen, self.n_done = {}, 0, 0 # path -> score; trials read; those within the budgets
-        with _quiet(): self.record = _record(storage, name, self.directions, about)
-        self.locks = FilePath(f'{storage}.locks') if storage else None
+        self.storage, self.locks = storage, _locks_of(storage, locks)
+        with _quiet(): self.record = _record(storage, self.locks, name, self.directions, about)
         self.study, self.mine, self.claim = None, None, None # the sampler's study, the path in work and the lock on it
         self.sync()
 
-# %% ../nbs/70_search.ipynb #f849d0d5
+# %% ../nbs/70_search.ipynb #fe5b41dc
 @patch
 def fits(self:Search,
     path:Path, # op index per block
@@ -136,8 +182,8 @@ def path_of(self:Search,
 
 @patch
 def sync(self:Search):
-    "Read the trials that were finished since the last time, by any worker."
-    new = self.record.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[self.n_seen:]
+    "Read the trials that were finished since the last time, by any worker; `ValueError` if the storage is out of reach."
+    with _storage_errors(self.storage): new = self.record.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[self.n_seen:]
     self.n_seen += len(new)
     for t in new:
         path = self.path_of(t)
@@ -186,17 +232,12 @@ SAMPLERS = dict(     # algorithm -> sampler of a seed, paths drawn before it is 
     random=(lambda seed: RandomSampler(seed=seed), math.inf),
     exhaustive=(lambda seed: RandomSampler(seed=seed), math.inf))
 
-# %% ../nbs/70_search.ipynb #b271f2b8
+# %% ../nbs/70_search.ipynb #3c1675b3
 @patch
-def descend(self:Search,
-    path:Path,    # where to start
-    over:Callable, # `over(path)`, a number to make small
-) -> Path:
-    "Path at which no neighbour has a smaller `over`."
-    while True:
-        best = min(self.space.neighbours(path), key=over, default=path)
-        if over(best) >= over(path): return path
-        path = best
+def _refuse(self:Search, lowest):
+    asked = ' and '.join(f'{k} <= {most}' for k,most in self.budgets.items()) or 'its own rule'
+    possible = ', '.join(f'{k} {lowest(k)}' for k in self.budgets)
+    raise ValueError(f'no path of space {self.space.name!r} meets {asked}, the lowest possible: {possible}')
 
 @patch
 def _listed(self:Search, rng, algorithm):
@@ -209,22 +250,39 @@ def _listed(self:Search, rng, algorithm):
         return iter(left)
     return tries
 
+# %% ../nbs/70_search.ipynb #b3999862
+@patch
+def descend(self:Search,
+    path:Path,     # where to start
+    over:Callable, # `over(path)`, a number to make small
+    rng:np.random.Generator, # order in which neighbours are tried
+    enough:float=-math.inf,  # value of `over` that ends the walk
+) -> Path:
+    "Path at which `over` is small enough or no neighbour has a smaller one."
+    now = over(path)
+    while now > enough:
+        near = self.space.neighbours(path)
+        lower = next((near[i] for i in rng.permutation(len(near)) if over(near[i]) < now), None)
+        if lower is None: break
+        path, now = lower, over(lower)
+    return path
+
 @patch
 def _drawn(self:Search, rng):
     draw = lambda: self.space.sample(rng, 1)[0]
     excess = lambda p: sum(max(0, self.cost(p)[k]-most)/(abs(most) or 1) for k,most in self.budgets.items())
+    n = 1000 if any(self.fits(draw()) for _ in range(1000)) else 0 # worth to draw
     def tries():
-        yield from (draw() for _ in range(1000))
-        yield from (self.descend(draw(), excess) for _ in range(10))
-    if not any(map(self.fits, tries())): self._refuse(lambda k: self.cost(self.descend(draw(), lambda p: self.cost(p)[k]))[k])
+        yield from (draw() for _ in range(n))
+        for _ in range(10):
+            yield (path := self.descend(draw(), excess, rng, 0))
+            near = self.space.neighbours(path)
+            yield from (near[i] for i in rng.permutation(len(near)))
+    lowest = lambda k: self.cost(self.descend(draw(), lambda p: self.cost(p)[k], rng))[k]
+    if not n and not any(map(self.fits, tries())): self._refuse(lowest)
     return tries
 
-@patch
-def _refuse(self:Search, lowest):
-    asked = ' and '.join(f'{k} <= {most}' for k,most in self.budgets.items()) or 'its own rule'
-    possible = ', '.join(f'{k} {lowest(k)}' for k in self.budgets)
-    raise ValueError(f'no path of space {self.space.name!r} meets {asked}, the lowest possible: {possible}')
-
+# %% ../nbs/70_search.ipynb #6e10db25
 @patch
 def candidates(self:Search,
     rng:np.random.Generator, # source of the draws
@@ -236,7 +294,7 @@ def candidates(self:Search,
     if algorithm != 'exhaustive': return self._drawn(rng)
     raise ValueError(f'space {self.space.name!r} has {n:,} combinations, expected at most {ENUMERABLE:,} for an exhaustive search')
 
-# %% ../nbs/70_search.ipynb #9f870208
+# %% ../nbs/70_search.ipynb #21a76aef
 @patch
 def stroll(self:Search,
     path:Path, # where to start; it may break the rule of the space
@@ -247,6 +305,7 @@ def stroll(self:Search,
         path = (*path[:l], int(self.rng.integers(self.space.sizes[l])), *path[l+1:])
         if self.take(path): return path
 
+# %% ../nbs/70_search.ipynb #3c2c8c8f
 @patch
 def propose(self:Search,
     draw:Callable, # `draw()` gives a path that was taken, or None
@@ -265,31 +324,36 @@ def propose(self:Search,
     trial.relative_params # a look at it makes the sampler give the trial its generation
     return trial
 
+# %% ../nbs/70_search.ipynb #94f5c31f
 @patch
 def finish(self:Search,
     trial:Trial,    # of a path that was taken
     score:Callable, # `score(path)`, a number, higher is better
 ):
-    "Score the path of a trial and put it into the record; `ValueError` if the score is NaN."
+    "Score the path of a trial and put it into the record; `ValueError` if the score is NaN or the storage out of reach."
     self.mine = path = self.path_of(trial)
     try:
         value = float(score(path))
         if math.isnan(value): raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
         trial.set_user_attr('path', self.space.format(path))
-        self.record.add_trial(self.study.tell(trial, [value] + ([float(self.cost(path)[self.tradeoff])] if self.tradeoff else [])))
+        told = self.study.tell(trial, [value] + ([float(self.cost(path)[self.tradeoff])] if self.tradeoff else []))
+        self.sync() # without locks it may be there by now
+        if path not in self.told:
+            with _storage_errors(self.storage): self.record.add_trial(told)
     finally: self._let_go()
     self.sync()
 
-# %% ../nbs/70_search.ipynb #720a7a5b
+# %% ../nbs/70_search.ipynb #f8985169
 @patch
 @contextmanager
 def _as_worker(self:Search) -> Iterator[int]:
     "Number that no other worker of this study has."
-    if self.locks is None: yield 0; return
+    if self.locks is None: yield int.from_bytes(os.urandom(4)) if self.storage else 0; return
     number,lock = next((i,l) for i in count() if (l := self._lock(f'worker {i}')).acquire(wait=False))
     try: yield number
     finally: self._let_go(); lock.release()
 
+# %% ../nbs/70_search.ipynb #a64dc528
 @patch
 def run(self:Search,
     score:Callable,          # `score(path)`, a number, higher is better
@@ -324,7 +388,7 @@ def _bar(n, progress) -> Iterator[Callable]:
     yield show
     print(file=sys.stderr)
 
-# %% ../nbs/70_search.ipynb #e1bf37f2
+# %% ../nbs/70_search.ipynb #acdec1a7
 def search(
     space:Space,           # where to search
     score:Callable,        # `score(path)`, a number, higher is better
@@ -332,7 +396,7 @@ def search(
     algorithm:str='nsga2', # 'nsga2', 'tpe', 'random' or 'exhaustive'
     seed:int|None=0,       # None: another search each time
     progress:bool=False,   # a bar on standard error
-    **kwargs,              # costs, budgets, tradeoff, storage and name of `Search`
+    **kwargs,              # costs, budgets, tradeoff, storage, name and locks of `Search`
 ) -> pd.DataFrame:         # path (string), score, a column per cost, trial; best first
     "What `n` scored paths gave; `ValueError` as in `Search` and `Search.run`."
     Search(space, **kwargs | dict(storage=None)).candidates(np.random.default_rng(0)) # a budget that none meets leaves no trace
