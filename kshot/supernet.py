@@ -18,12 +18,12 @@ from . import networks
 from .networks import Ops, block_sizes, check_path, op_modules, op_owner, reads
 from .space import Path
 
-# %% ../nbs/20_supernet.ipynb #1703ae94
+# %% ../nbs/20_supernet.ipynb #a76a83a4
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, bank, codes, even_step, slots):
+    def forward(ctx, bank, codes, even_step, slots, keep):
         ctx.save_for_backward(bank, codes)
-        ctx.even_step, ctx.slots = even_step, slots
+        ctx.even_step, ctx.slots, ctx.keep = even_step, slots, keep
         mixed = codes @ bank # (N, P)
         return mixed if slots is None else tuple(_views(mixed, slots))
 
@@ -35,20 +35,23 @@ class _Mix(torch.autograd.Function):
             dw = bank.new_empty(len(codes), bank.shape[1]) # each gradient is written once, to where it belongs
             for v,g in zip(_views(dw, ctx.slots), grads): v.copy_(g)
         pull = codes/codes.square().sum(1, keepdim=True) if ctx.even_step else codes
-        dbank = pull.T @ dw if ctx.needs_input_grad[0] else None # (K, P)
         dcodes = dw @ bank.T if ctx.needs_input_grad[1] else None # (N, K)
-        return dbank, dcodes, None, None
+        if not ctx.needs_input_grad[0]: dbank = None
+        elif ctx.keep is not None: dbank = ctx.keep(pull, dw)
+        else: dbank = pull.T @ dw # (K, P)
+        return dbank, dcodes, None, None, None
 
-# %% ../nbs/20_supernet.ipynb #d9ab6010
+# %% ../nbs/20_supernet.ipynb #e68f7e81
 def mix(
     bank:Tensor,  # `(K, P)` dictionary
     codes:Tensor, # `(N, K)` simplex codes
     even_step:bool=False, # divide the bank's gradient by the code's squared length?
     slots:list|None=None, # what lies in a row; None: rows are wanted whole
+    keep:Callable|None=None, # `keep(pull, dw)` takes the factors `(N, K)`, `(N, P)` of the bank's gradient instead of the bank
 ) -> Tensor|tuple[Tensor, ...]: # `(N, P)` weights at each code; or the tensors of `slots`, for the first code, for the second, ...
     "Weights at N points of the simplex; `ValueError` if K differs."
     if codes.ndim != 2 or codes.shape[1] != len(bank): raise ValueError(f'codes of shape {tuple(codes.shape)}, expected (N, {len(bank)})')
-    with torch.autocast(bank.device.type, enabled=False): return _Mix.apply(bank, codes, even_step, slots) # in full precision
+    with torch.autocast(bank.device.type, enabled=False): return _Mix.apply(bank, codes, even_step, slots, keep) # in full precision
 
 # %% ../nbs/20_supernet.ipynb #699f7609
 class Slot(NamedTuple):
@@ -81,7 +84,7 @@ def redraw(
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
     return net
 
-# %% ../nbs/20_supernet.ipynb #a39a6737
+# %% ../nbs/20_supernet.ipynb #337a455c
 class Supernet(nn.Module):
     "K-shot supernets of a single-path network; `ValueError` if K < 1 or `ops` don't fit."
     def __init__(self,
@@ -90,11 +93,12 @@ class Supernet(nn.Module):
         ops:Ops|None=None, # names of the modules of (block, op); None: `net.blocks[l][o]`
         even_step:bool=True, # move the mixed weights as far as one-shot's, wherever the code is?
         apart:float=1., # how far from the given network the supernets start, in units of independent draws
+        bf16:bool=False, # compute in bfloat16, where it is safe? Weights and their mixing stay in float32
         redraw:Callable[[nn.Module], nn.Module]=redraw, # draws the parameters of a copy anew
     ):
         super().__init__()
         if K < 1: raise ValueError(f'K={K}, expected at least 1')
-        self.K, self.even_step, self.ops = K, even_step, op_modules(net, ops)
+        self.K, self.even_step, self.bf16, self.ops = K, even_step, bf16, op_modules(net, ops)
         self.sizes = block_sizes(net, self.ops)
         self.slots, self.banks = _slots(net, self.ops), nn.ParameterDict()
         draws = [net] + [redraw(copy.deepcopy(net)) for _ in range(K-1)]
@@ -103,6 +107,7 @@ class Supernet(nn.Module):
             W = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
             self.banks[key] = W[0] + apart*(W - W.mean(0)) # the centre of the simplex is the network that was given
         self.net, self._bn = _strip(copy.deepcopy(net))
+        self.waiting = None # a list: there gradients wait for `merge`
 
 # %% ../nbs/20_supernet.ipynb #1a726054
 def _bank_key(op:tuple[int, int]|None, ndim:int) -> str:
@@ -142,12 +147,16 @@ def check_code(
             raise ValueError(f'code {[round(v, 4) for v in c.flatten().tolist()]}, expected entries >= 0 that sum to 1')
     return code
 
-# %% ../nbs/20_supernet.ipynb #f201eb02
+# %% ../nbs/20_supernet.ipynb #22126cad
 @patch
 def _keys(self:Supernet, path:Path) -> list[tuple[int|None, str]]:
     "Block and key of each bank that a path reads."
     keys = [(None, 'shared'), (None, 'shared_1d')] + [(l, f'{l}_{o}{d}') for l,o,*_ in reads(self.net, path) for d in ('', '_1d')]
     return [(l,k) for l,k in keys if k in self.slots]
+
+@patch
+def _keep(self:Supernet, key:str) -> Callable|None: # where the gradient of a bank goes, if it is to wait
+    return None if self.waiting is None else lambda pull, dw: self.waiting.append((key, pull, dw))
 
 @patch
 def weights(self:Supernet,
@@ -164,12 +173,12 @@ def weights(self:Supernet,
     for (l,key),ids in users.items():
         c = codes if len(ids) == len(paths) else codes[ids]
         if c.ndim == 3: c = c.mean(1) if l is None else c[:,l]
-        tensors = iter(mix(self.banks[key], c, self.even_step, self.slots[key]))
+        tensors = iter(mix(self.banks[key], c, self.even_step, self.slots[key], self._keep(key)))
         for i in ids:
             for s in self.slots[key]: out[i].update(dict.fromkeys(s.names, next(tensors)))
     return out
 
-# %% ../nbs/20_supernet.ipynb #6aa6635f
+# %% ../nbs/20_supernet.ipynb #df956b94
 @patch
 def run_with(self:Supernet,
     x:Tensor,  # `(B, ...)`
@@ -178,7 +187,9 @@ def run_with(self:Supernet,
     stats:dict[str, Tensor]|None=None, # batch-norm statistics by name; None: the batch's own
 ) -> Tensor:   # the network's output
     "Output of the network with weights that are mixed already."
-    return functional_call(self.net, {**weights, **(stats or {})}, (x, path), tie_weights=False)
+    call = lambda: functional_call(self.net, {**weights, **(stats or {})}, (x, path), tie_weights=False)
+    if not self.bf16: return call()
+    with torch.autocast(x.device.type, torch.bfloat16): return call().float()
 
 @patch
 def forward(self:Supernet,
@@ -257,3 +268,16 @@ def subnet(self:Supernet,
 def by_decay(self:Supernet) -> list[list[Tensor]]:
     "Banks of weights, banks of one-dimensional tensors."
     return [[b for k,b in self.banks.items() if k.endswith('_1d') == d] for d in (False, True)]
+
+# %% ../nbs/20_supernet.ipynb #942b7b65
+@patch
+def merge(self:Supernet,
+    average:Callable[[list[Tensor]], object], # in place, over processes, such as `kshot.distributed.average_`
+    also:list[Tensor]=(), # what else is averaged in the same message
+):
+    "Average the gradients that were kept, and give them to the banks."
+    kept, self.waiting = self.waiting, []
+    average([*(dw for _,_,dw in kept), *also])
+    for key,pull,dw in kept:
+        bank, g = self.banks[key], pull.T @ dw
+        bank.grad = g if bank.grad is None else bank.grad.add_(g)
