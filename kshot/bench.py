@@ -4,38 +4,45 @@
 
 # %% auto #0
 __all__ = ['plain_step', 'supernet_step', 'naive_step', 'simplex_step', 'one_shot_loop', 'interleaved', 'ratio', 'peak_mib',
-           'bench_step', 'bench_score', 'bench']
+           'bench_step', 'bench_score', 'bench_data', 'bench']
 
-# %% ../nbs/97_bench.ipynb #d5389336
-import json, statistics, subprocess, sys, time
+# %% ../nbs/97_bench.ipynb #e3cc8c30
+import json, os, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from .data import imagenet_data
 from .evaluate import score_chain, score_path
+from .folder import images_per_second
 from .launch import command
-from .networks import NETS, Chain, get_net, macro_net
+from .networks import NETS, X_SHAPES, Chain, get_net
 from .runs import environment
 from .spaces import get_space
 from .supernet import Supernet
+from .traffic import bench_comm, needs
 from .train import by_decay, sgd
 
-# %% ../nbs/97_bench.ipynb #73df9560
+# %% ../nbs/97_bench.ipynb #a7e8803c
 def _finish(loss:Tensor, opt): loss.backward(); opt.step(); opt.zero_grad()
 def _device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-def plain_step(net:nn.Module) -> Callable: # step(x, y, path)
-    "Step of the network itself."
+def plain_step(net:nn.Module, bf16:bool=False) -> Callable: # step(x, y, path)
+    "Step of the network itself: of the subnet alone, since the other ops rest."
     opt = sgd(by_decay(net), lr=.01)
-    return lambda x,y,path: _finish(F.cross_entropy(net(x, path), y), opt)
+    def step(x, y, path):
+        with torch.autocast(x.device.type, torch.bfloat16, bf16): loss = F.cross_entropy(net(x, path), y)
+        _finish(loss, opt)
+    return step
 
-def supernet_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
+def supernet_step(net:nn.Module, K:int, bf16:bool=False) -> Callable: # step(x, y, path)
     "Step of K-shot supernets at the uniform code."
-    supernet = Supernet(net, K)
+    supernet = Supernet(net, K, bf16=bf16)
     opt, code = sgd(supernet.by_decay(), lr=.01), torch.full((K,), 1/K, device=_device())
     return lambda x,y,path: _finish(F.cross_entropy(supernet(x, path, code), y), opt)
 
@@ -88,55 +95,60 @@ def ratio(
     "Median over rounds of the ratio of two contestants."
     return round(statistics.median(x/y for x,y in zip(times[a], times[b], strict=True)), 3)
 
-# %% ../nbs/97_bench.ipynb #d2df816f
+# %% ../nbs/97_bench.ipynb #c8a37ff6
 def peak_mib(
     K:int,  # 0: the plain network
-    bs:int, # images
-) -> float: # MiB above what the imports take
+    *args,  # what `_contest` takes
+) -> float: # MiB on the GPU; without one MiB above what the imports take
     "Peak memory of three supernet steps in a new process."
-    code = f'from kshot.bench import _peak; _peak({K}, {bs})'
+    code = f'from kshot.bench import _peak; _peak({K}, *{args!r})'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
-def _peak(K, bs):
+def _peak(K, *args):
     base = _high_water()
-    net, (x, y) = macro_net().to(_device(), memory_format=torch.channels_last), _batch(bs)
-    step = supernet_step(net, K) if K else plain_step(net)
-    for _ in range(3): step(x, y, (2,)*8)
-    print((_high_water() - base)/1024)
+    net, space, x, y, bf16 = _contest(*args)
+    step = supernet_step(net, K, bf16) if K else plain_step(net, bf16)
+    for _ in range(3): step(x, y, tuple(n-1 for n in space.sizes))
+    print(torch.cuda.max_memory_allocated()/2**20 if torch.cuda.is_available() else (_high_water() - base)/1024)
 
 def _high_water(): # KiB; Linux (`getrusage` would report the parent's mark where that is higher)
     return next(int(l.split()[1]) for l in FilePath('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))
 
-def _batch(bs):
-    g, d = torch.Generator().manual_seed(0), _device()
-    x, y = torch.randn(bs, 3, 32, 32, generator=g), torch.randint(0, 10, (bs,), generator=g)
-    return x.to(d).contiguous(memory_format=torch.channels_last), y.to(d)
+def _contest(bs, space, c, px, bf16): # network, space, images, classes, bfloat16?
+    torch.manual_seed(0)
+    d, shape = _device(), X_SHAPES[space]
+    x, y = torch.randn(bs, shape[0], *[px or shape[1]]*2), torch.randint(0, 10, (bs,))
+    net = get_net(space, c).to(d, memory_format=torch.channels_last)
+    return net, get_space(space), x.to(d).contiguous(memory_format=torch.channels_last), y.to(d), bf16
 
-# %% ../nbs/97_bench.ipynb #77f6f1cb
+# %% ../nbs/97_bench.ipynb #47945351
 def bench_step(
     Ks:list[int]=[1,2,4,8,16], # numbers of supernets
     bs:int=256,     # images
     rounds:int=20,  # of each contestant
     memory:bool=True, # also peak memory, in processes of their own?
+    space:str='macro', # whose network
+    c:int=0,        # channels of its stem; 0: the benchmark's
+    px:int=0,       # of an image; 0: the benchmark's
+    bf16:bool=False, # compute in bfloat16?
 ) -> dict:          # ratios, medians in milliseconds, MiB
-    "Cost of the supernet step and the simplex step on NAS-Bench-Macro."
-    torch.manual_seed(0)
-    net, space = macro_net().to(_device(), memory_format=torch.channels_last), get_space('macro')
-    (x, y), rng = _batch(bs), np.random.default_rng(0)
-    paths, many = space.sample(rng, rounds+2), [space.sample(rng, 16) for _ in range(rounds+2)]
-    contestants = {'plain': plain_step(net)} | {f'K{K}': supernet_step(net, K) for K in Ks} | {'naive': naive_step(net, 8)}
+    "Cost of the supernet step and the simplex step."
+    args, rng = (bs, space, c, px, bf16), np.random.default_rng(0)
+    net, sp, x, y, _ = _contest(*args)
+    paths, many = sp.sample(rng, rounds+2), [sp.sample(rng, 16) for _ in range(rounds+2)]
+    contestants = {'plain': plain_step(net, bf16)} | {f'K{K}': supernet_step(net, K, bf16) for K in Ks} | {'naive': naive_step(net, 8)}
     times = interleaved({k: partial(lambda f,r: f(x, y, paths[r]), f) for k,f in contestants.items()}, rounds)
     pair = dict(simplex=simplex_step(net, 8), one_shot=one_shot_loop(net))
     loop = interleaved({k: partial(lambda f,r: f(x, y, many[r]), f) for k,f in pair.items()}, rounds)
     ms = lambda times: {k: round(1e3*statistics.median(v), 1) for k,v in times.items()}
-    out = dict(bs=bs, rounds=rounds, threads=torch.get_num_threads(),
+    out = dict(space=space, c=c, px=x.shape[-1], bf16=bf16, bs=bs, rounds=rounds, threads=torch.get_num_threads(),
         supernet_step={f'K{K}_over_K1': ratio(times, f'K{K}', 'K1') for K in Ks} | dict(
             K1_over_plain=ratio(times, 'K1', 'plain'), naive_over_K1=ratio(times, 'naive', 'K1')),
         simplex_step=dict(over_one_shot_loop=ratio(loop, 'simplex', 'one_shot')), ms=ms(times) | ms(loop))
-    return out | dict(peak_mib={f'K{K}': round(peak_mib(K, bs)) for K in Ks} | dict(plain=round(peak_mib(0, bs)))) if memory else out
+    return out | dict(peak_mib={f'K{K}': round(peak_mib(K, *args)) for K in Ks} | dict(plain=round(peak_mib(0, *args)))) if memory else out
 
-# %% ../nbs/97_bench.ipynb #5ba05fc5
+# %% ../nbs/97_bench.ipynb #1b865678
 def bench_score(
     space:str='macro', # whose network
     c:int=8,        # its channels
@@ -156,7 +168,7 @@ def bench_score(
     one, four = Supernet(net, 1), Supernet(net, 4)
     by_path = lambda s,bf16: lambda r: _score_each(s, paths, batches, cal, bf16)
     steps = {'K1': by_path(one, False), 'K4': by_path(four, False), 'K4_bf16': by_path(four, True)}
-    if isinstance(net, Chain): steps['K1_tree'] = lambda r: score_chain(one, paths, batches, cal)
+    if type(net) is Chain: steps['K1_tree'] = lambda r: score_chain(one, paths, batches, cal)
     times = interleaved(steps, rounds)
     rates = {k: round(n/statistics.median(v), 1) for k,v in times.items()}
     return dict(space=space, c=c, n_cells=n_cells, px=px, n=n, n_valid=n_valid, rounds=rounds, threads=torch.get_num_threads(),
@@ -167,23 +179,62 @@ def _score_each(supernet, paths, batches, cal, bf16):
     with torch.autocast(_device(), torch.bfloat16, bf16):
         for p in paths: score_path(supernet, p, code, batches, cal)
 
-# %% ../nbs/97_bench.ipynb #6591c07a
+# %% ../nbs/97_bench.ipynb #81a70396
+def bench_data(
+    folder:str='',    # with `train/<class>/` and `val/<class>/`; nothing: 600 random pictures of 500x375
+    px:int=224,       # pixels a side
+    bs:int=64,        # images a batch
+    workers:tuple[int, ...]=(0,1,2,4,8), # processes that read; those above the number of cores are left out
+    augment:str='mild', # or 'strong'
+    n_batches:int=8,  # that are timed
+) -> dict:            # images per second by number of workers
+    "Speed of reading and augmenting images."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with tempfile.TemporaryDirectory() as d:
+        if not folder: _pictures(d, 600)
+        data = partial(imagenet_data, folder or d, bs, passes=1+n_batches*bs//500, px=px, n_valid=100, augment=augment)
+        rate = lambda n: images_per_second(data(n_workers=n)[0], n_batches)
+        rates = {f'{n}_workers': round(rate(n), 1) for n in workers if n <= cores}
+    return dict(px=px, bs=bs, augment=augment, n_batches=n_batches, images=folder or 'random pictures', images_per_second=rates)
+
+def _pictures(folder, n):
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for i in range(n if split == 'train' else 2):
+            fname = FilePath(folder)/split/f'class_{i%2}'/f'{i}.jpg'
+            fname.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (375//15, 500//15, 3), np.uint8)).resize((500, 375)).save(fname)
+
+# %% ../nbs/97_bench.ipynb #cda39837
 @command(n_places=1)
 def bench(
-    what:str='step',     # what to measure: step (of training) or score (of paths)
+    what:str='step',     # step (of training), score (of paths), data (reading images), comm (bytes sent) or needs (of a large run)
     bs:int=256,          # step: images a batch
-    space:str='macro',   # score: whose network
-    rounds:int=0,        # of each contestant; 0: 20 steps, 3 times 100 paths
+    space:str='macro',   # whose network
+    K:int=8,             # comm, needs: number of supernets
+    c:int=0,             # step, comm: channels of the stem; 0: the benchmark's
+    px:int=0,            # step, data: of an image; 0: as usual
+    bf16:bool=False,     # step: compute in bfloat16
+    widths:str='',       # needs: relative widths
+    folder:str='',       # data: of images; nothing: random pictures
+    augment:str='mild',  # data: mild or strong
+    rounds:int=0,        # step, score: of each contestant; 0: 20 steps, 3 times 100 paths
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure what K supernets cost beside one."
-    if what not in ('step', 'score'): raise ValueError(f'bench {what!r}, expected step or score')
-    if rounds < 0 or bs < 16: raise ValueError(f'bs={bs}, rounds={rounds}: expected at least 16 images and 1 round')
+    cells = 3 if space in ('nb201', 'nb101', 'darts', 'nds') else 0
+    kinds = dict(step=lambda: bench_step(bs=bs, rounds=rounds or 20, space=space, c=c, px=px, bf16=bf16),
+                 score=lambda: bench_score(space, n_cells=cells, rounds=rounds or 3),
+                 data=lambda: bench_data(folder, px or 224, augment=augment), comm=lambda: bench_comm(space, K, c),
+                 needs=lambda: needs(space, K, widths=tuple(map(float, widths.split()))))
+    if what not in kinds: raise ValueError(f'bench {what!r}, expected one of {", ".join(kinds)}')
+    for k,v,least in (('rounds', rounds, 0), ('bs', bs, 16), ('K', K, 1)):
+        if v < least: raise ValueError(f'{k}={v}, expected at least {least}')
     colour = [k for k in NETS if k != 'digits']
     if space not in colour: raise ValueError(f'space {space!r}, expected one of {", ".join(colour)}')
-    score = partial(bench_score, space, n_cells=0 if space == 'macro' else 3)
-    result = bench_step(bs=bs, rounds=rounds or 20) if what == 'step' else score(rounds=rounds or 3)
-    result |= environment()
+    result = kinds[what]() | environment()
     if save.name: save.write_text(json.dumps(result, indent=1)+'\n')
-    shown = ('supernet_step', 'simplex_step', 'ms', 'peak_mib', 'paths_per_second', 'time_over_K1')
-    return result, '\n'.join(f'{k}: {v}' for part in shown if part in result for k,v in result[part].items())
+    return result, '\n'.join(f'{k}: {v}' for k,v in _flat({k: v for k,v in result.items() if k not in environment()}))
+
+def _flat(found:dict) -> list: # rows of key, value
+    return [row for k,v in found.items() for row in (v.items() if isinstance(v, dict) else [(k, v)])]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #6c84bf2c
+# %% ../nbs/94_report.ipynb #8ee69c3d
 from pathlib import Path as FilePath
 import numpy as np
 import pandas as pd
 import torch
 from . import plots
+from .config import Config, space_of
 from .runs import get_truth, load_run, rank_scores, read_run
-from .spaces import get_space
 from .tables import read_log
 
 # %% ../nbs/94_report.ipynb #52a2d071
@@ -39,12 +39,12 @@ def _rank_section(runs, asked):
              plots.plot_protocol(protocol.set_index('scorer'), _names(scores)), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #9f6f36b1
+# %% ../nbs/94_report.ipynb #c6518a20
 def _codes_section(folder):
     "Codes of the scored paths of a run with K > 1, or of a sample if it was not scored."
     if read_run(folder)['config']['K'] == 1: return []
     config, learn = load_run(folder)
-    space, scores = get_space(config.space), _read(folder, 'scores')
+    space, scores = space_of(config), _read(folder, 'scores')
     paths = sorted(set(space.sample(np.random.default_rng(0), 2000))) if scores is None else [space.parse(p) for p in scores.path]
     with torch.no_grad(): codes = learn.k_shot.codes(paths).cpu().numpy()
     color = None if scores is None else scores.acc_super.to_numpy()
@@ -57,7 +57,7 @@ def _search_section(folder):
     "Front and found architecture of a run that was searched."
     record, frame = read_run(folder), _read(folder, 'search')
     if frame is None: return []
-    found, space = record['results']['search'], get_space(record['config']['space'])
+    found, space = record['results']['search'], space_of(Config(**record['config']))
     alone = record['results'].get('retrain')
     text = f'{found["n"]} paths scored, best {found["path"]}: {found["macs"]:,} MACs, supernet accuracy {found["acc_super"]:.3f}' + \
            (f'; trained alone {alone["acc_alone"]:.3f} on the test split.' if alone and alone['path'] == found['path'] else '.')
@@ -66,7 +66,7 @@ def _search_section(folder):
     return [('Search', text, front,
              plots.draw_path(space, space.parse(found['path']), title=f'Found: {found["path"]}'))]
 
-# %% ../nbs/94_report.ipynb #67f6a3c8
+# %% ../nbs/94_report.ipynb #211b089b
 def make_report(
     fname:FilePath,          # html, replaced whole
     title:str,               # of the page
@@ -78,7 +78,7 @@ def make_report(
     log = [dict(r, name=k) for k,f in runs.items() for r in read_log(FilePath(f)/'log.jsonl')]
     sections = _rank_section(runs, asked)
     for f in runs.values(): sections += _search_section(f) + _codes_section(f)
-    if log: sections.append(('Training', 'Accuracy is the mean over 16 fixed paths on the validation split, with batch statistics.',
+    if log: sections.append(('Training', 'Accuracy is the mean over up to 16 fixed paths on the validation split, with batch statistics.',
                              plots.plot_training(log)))
     asked = pd.DataFrame({k: read_run(f)['config'] for k,f in runs.items()}).astype(str).rename_axis('argument').reset_index()
     return plots.write_report(fname, title, sections + [('What was run', asked)])

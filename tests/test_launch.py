@@ -52,14 +52,14 @@ def test_interrupted_training_ends_like_an_undisturbed_one(trained, how):
     assert meta_a == meta_b and set(a) == set(b) and all(a[n].equal(b[n]) for n in a)
 
 def test_rank_search_retrain(trained):
-    code, out, err = call('rank', '--runs', trained, '--name', 'whole', '--n', 30, '--json')
+    code, out, err = call('rank', '--runs', trained, '--name', 'whole', '--n_paths', 30, '--json')
     assert code == 0, err
     assert set(json.loads(out.splitlines()[-1])) == {'supernet', 'supernet_loss', 'macs', 'params', 'ceiling'}
     argv = ['--runs', trained, '--name', 'whole', '--algorithm', 'random', '--macs', 500_000, '--json']
-    code, out, err = call('search', *argv, '--n', 5)
+    code, out, err = call('search', *argv, '--n_paths', 5)
     assert code == 0, err
     first = json.loads(out.splitlines()[-1])
-    code, out, err = call('search', *argv, '--n', 8)
+    code, out, err = call('search', *argv, '--n_paths', 8)
     more = json.loads(out.splitlines()[-1])
     assert (first['n'], more['n']) == (5, 8) and more['loss_super'] <= first['loss_super'] and more['macs'] <= 500_000
     code, out, err = call('retrain', '--runs', trained, '--name', 'whole', '--epochs', 1, '--json')

@@ -34,7 +34,7 @@ def rank(home, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv('KSHOT_HOME', str(home)); monkeypatch.setenv('KSHOT_DATA', str(home/'data'))
     def call(space, *argv, runs=tmp_path):
         argv = ['--space', 'nds' if space == 'darts' else space, '--table', str(home/f'{space}.parquet'), '--runs', str(runs), *SPACES[space],
-                '--c', '4', '--px', '8', '--bs', '10', '--epochs', '1', *argv]
+                '--channels', '4', '--px', '8', '--bs', '10', '--epochs', '1', *argv]
         try: launch.rank([*argv, '--json'])
         except SystemExit as e: return e.code, capfd.readouterr().err.splitlines()[-1]
         return json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -42,7 +42,7 @@ def rank(home, monkeypatch, capfd, tmp_path):
 
 @pytest.mark.parametrize('space', SPACES)
 def test_every_space(space, rank, tmp_path):
-    result = rank(space, '--K', '2', '--n', '12')
+    result = rank(space, '--K', '2', '--n_paths', '12')
     assert list(result) == ['supernet', 'supernet_loss', 'macs', 'params']
     scores = pd.read_parquet(tmp_path/'run'/'scores.parquet')
     assert len(scores) == 12 and scores.loss_super.nunique() > 6 and np.isfinite(scores.loss_super).all()
@@ -54,14 +54,14 @@ def test_few_shot_and_one_shot(rank, tmp_path):
         assert len(pd.read_parquet(tmp_path/name/'scores.parquet')) == len(pd.read_parquet(tmp_path/name/'seed_0'/'scores.parquet'))
 
 def test_a_second_seed_later_is_as_both_at_once(rank, tmp_path):
-    rank('nb201', '--runs', str(tmp_path/'a'), '--n', '10')
+    rank('nb201', '--runs', str(tmp_path/'a'), '--n_paths', '10')
     before = {f: f.stat().st_mtime_ns for f in (tmp_path/'a'/'run'/'seed_0').rglob('*.parquet')}
-    later = rank('nb201', '--runs', str(tmp_path/'a'), '--n', '10', '--seeds', '2')
+    later = rank('nb201', '--runs', str(tmp_path/'a'), '--n_paths', '10', '--seeds', '2')
     assert {f: f.stat().st_mtime_ns for f in before} == before
-    assert rank('nb201', '--runs', str(tmp_path/'b'), '--n', '10', '--seeds', '2') == later
+    assert rank('nb201', '--runs', str(tmp_path/'b'), '--n_paths', '10', '--seeds', '2') == later
 
 def test_more_paths_later_keeps_what_was_scored(rank, tmp_path):
-    rank('macro', '--n', '8')
+    rank('macro', '--n_paths', '8')
     few = pd.read_parquet(tmp_path/'run'/'scores.parquet').set_index('path')
     rank('macro')
     every = pd.read_parquet(tmp_path/'run'/'scores.parquet').set_index('path')
@@ -72,8 +72,8 @@ def test_latency_is_a_budget(data, rank, home, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv('KSHOT_DATA', str(data))
     tables.latency('nb201', 'pixel2') # imported into KSHOT_HOME
     monkeypatch.setenv('KSHOT_DATA', str(home/'data'))
-    rank('nb201', '--n', '10')
-    search = ['--name', 'run/seed_0', '--runs', str(tmp_path), '--n', '20', '--algorithm', 'random', '--latency_ms', '15']
+    rank('nb201', '--n_paths', '10')
+    search = ['--name', 'run/seed_0', '--runs', str(tmp_path), '--n_paths', '20', '--algorithm', 'random', '--latency_ms', '15']
     launch.search([*search, '--device', 'pixel2', '--json'])
     assert json.loads(capfd.readouterr().out.splitlines()[-1])['latency_ms'] <= 15
     raw, space = pd.read_parquet(data/'nas_bench_201_latency_help.parquet'), get_space('nb201')
@@ -85,12 +85,12 @@ def test_latency_is_a_budget(data, rank, home, monkeypatch, capfd, tmp_path):
     assert "device 'abacus', expected one of" in capfd.readouterr().err
 
 def test_bad_input_is_one_line(rank, home, tmp_path):
-    for argv,says in {('--table_epochs', '200'): 'no epochs 200', ('--n', '99'): 'n=99, expected 2 to', ('--table', 'nowhere.parquet'): 'nowhere.parquet',
+    for argv,says in {('--table_epochs', '200'): 'no epochs 200', ('--n_paths', '99'): 'n=99, expected 2 to', ('--table', 'nowhere.parquet'): 'nowhere.parquet',
                       ('--n_train', '7'): '7 images of 10 classes', ('--px', '64'): 'images of 64 pixels', ('--data', 'digits'): "data 'digits' for space",
                       ('--block', '9', '--codes', 'vertex'): 'block=9', ('--data', 'cifar100'): 'has no cifar100', ('--epochs', '0'): 'epochs=0'}.items():
         code, err = rank('nb201', *argv)
         assert code == 2 and says in err, (argv, err)
     assert not list(tmp_path.iterdir()), 'something was written'
-    rank('nb201', '--n', '10')
-    assert 'holds a run with K=4, expected K=2' in rank('nb201', '--n', '10', '--K', '2')[1]
-    assert 'was made with' in rank('nb201', '--n', '10', '--n_calibration', '1')[1]
+    rank('nb201', '--n_paths', '10')
+    assert 'holds a run with K=4, expected K=2' in rank('nb201', '--n_paths', '10', '--K', '2')[1]
+    assert 'was made with' in rank('nb201', '--n_paths', '10', '--n_calibration', '1')[1]
