@@ -8,7 +8,9 @@ QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()
 def start(command, *args, **kwargs):
     code = f'import sys; from kshot.launch import {command}; sys.exit({command}())'
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # also where the tests themselves run in the background of a shell
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                            **dict(preexec_fn=heard) | kwargs)
 
 def call(command, *args, **kwargs):
     p = start(command, *args, **kwargs)
