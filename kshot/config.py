@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'CODES', 'Config', 'space_of', 'parts', 'net_args', 'cost_of', 'make_learner', 'quick_losses']
 
-# %% ../nbs/92_config.ipynb #54c03385
-from dataclasses import asdict, dataclass
+# %% ../nbs/92_config.ipynb #335e50fb
+from dataclasses import dataclass
 from functools import partial
 import numpy as np
 import torch

@@ -7,7 +7,7 @@ __all__ = ['DATA', 'TensorLoader', 'move', 'crop_and_flip', 'shift_and_noise', '
            'split_classes', 'balanced', 'mean_std', 'shrink', 'image_splits', 'image_data', 'imagenet_data', 'held',
            'get_data']
 
-# %% ../nbs/45_data.ipynb #616a37a7
+# %% ../nbs/45_data.ipynb #81d1af31
 import copy, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -22,7 +22,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
-from .folder import IMAGENET_STATS, FileLoader, Shard, check_batches, folder_splits, to_floats
+from .distributed import World
+from .folder import IMAGENET_STATS, FileLoader, check_batches, folder_splits, to_floats
 from .images import IMAGE_SETS, data_folder, read_images
 
 # %% ../nbs/45_data.ipynb #a9811730
@@ -30,7 +31,7 @@ with warnings.catch_warnings():
     warnings.simplefilter('ignore', FutureWarning)
     from fastai.data.core import DataLoaders
 
-# %% ../nbs/45_data.ipynb #dc3ed822
+# %% ../nbs/45_data.ipynb #96a99d79
 class TensorLoader:
     "Batches of `(x, y)` tensors; usable as one of fastai's `DataLoaders`."
     n_inp = 1 # tensors of a batch that go into the network
@@ -43,7 +44,7 @@ class TensorLoader:
         seed:int=0,        # of order and augmentation
         passes:int=1,      # over the images that count as one epoch
         stats:tuple[Tensor, Tensor]|None=None, # mean and deviation `(C,)` of pixels 0-1, to normalise uint8 images by; None: (0, 1)
-        shard:Shard=(0, 1), # rank and number of ranks: of each batch this rank has its rows
+        shard:World=World(), # rank and number of ranks: of each batch this rank has its rows
     ):
         check_batches(len(x), bs, shuffle, shard)
         if stats and x.dtype != torch.uint8: raise ValueError(f'stats for {x.dtype} images, expected torch.uint8')
@@ -72,7 +73,7 @@ class TensorLoader:
                 x = x[mine]
                 yield (x if self.affine is None else torch.addcmul(self.affine[1], x.float(), self.affine[0])), self.y[idx][mine]
 
-# %% ../nbs/45_data.ipynb #93e0cca5
+# %% ../nbs/45_data.ipynb #fe5f9be8
 @patch
 def to(self:TensorLoader,
     device:torch.device, # where the images shall live
@@ -89,7 +90,7 @@ def to(self:TensorLoader,
 def fixed(self:TensorLoader,
     n:int,      # batches
     seed:int=0, # of order and augmentation
-    share:Shard=(0, 1), # rank and number of ranks: of the n batches, which are whole, this rank has every so many
+    share:World=World(), # rank and number of ranks: of the n batches, which are whole, this rank has every so many
 ) -> list[tuple[Tensor, Tensor]]: # of `(x, y)`
     "The same batches every time, without moving the loader's own generator."
     dl = copy.copy(self)
@@ -136,7 +137,7 @@ def shift_and_noise(
     moved = move(x, dy, dx, pixels)
     return torch.randn(moved.shape, generator=generator, device=x.device).mul_(noise).add_(moved)
 
-# %% ../nbs/45_data.ipynb #e0227f6a
+# %% ../nbs/45_data.ipynb #8fd421aa
 def digits_splits(
     copies:int=4, # of each validation and test image
 ) -> dict[str, tuple[Tensor, Tensor]]: # 'train', 'valid', 'test' -> images `(N, 1, 8, 8)` in 0 to 1, classes `(N,)`
@@ -169,7 +170,7 @@ def digits_data(
     bs:int=100, # images a training batch
     seed:int=0, # of order and augmentation in training
     passes:int=1, # over the training images that count as one epoch
-    shard:Shard=(0, 1), # rank and number of ranks
+    shard:World=World(), # rank and number of ranks
 ) -> DataLoaders: # train, valid, test; `c` classes
     "Digits for training a network and scoring it."
     splits = digits_splits()
@@ -244,7 +245,7 @@ def image_splits(
     keep = lambda x, y, n: (shrink(x[idx := balanced(y, n)], px), y[idx])
     return {k: keep(*v, dict(train=n_train, valid=n_valid).get(k, 0)) for k,v in parts.items()}
 
-# %% ../nbs/45_data.ipynb #2c787c1d
+# %% ../nbs/45_data.ipynb #82f93f63
 def image_data(
     name:str,          # a key of `IMAGE_SETS`
     bs:int=256,        # images a training batch
@@ -252,7 +253,7 @@ def image_data(
     passes:int=1,      # over the training images that count as one epoch
     folder:str|None=None, # as in `image_splits`, and so are the others
     portion:float=.5, n_train:int=0, n_valid:int=0, px:int=0,
-    shard:Shard=(0, 1), # rank and number of ranks
+    shard:World=World(), # rank and number of ranks
 ) -> DataLoaders:      # train, valid, test; `c` classes
     "Images for training a network and scoring it: bytes on the device, normalised by what trains; `ValueError` as in `image_splits`."
     splits = image_splits(name, folder, portion, n_train, n_valid, px)
@@ -261,7 +262,7 @@ def image_data(
     rest = (TensorLoader(*splits[s], bs=even(len(splits[s][0]), 500), stats=stats, shard=shard) for s in ('valid', 'test'))
     return loaders(IMAGE_SETS[name].n_classes, train, *rest)
 
-# %% ../nbs/45_data.ipynb #3c0e2f0c
+# %% ../nbs/45_data.ipynb #e8964696
 def imagenet_data(
     folder:str|None=None, # with `train/<class>/` and `val/<class>/`; None: `imagenet` in `data_folder`
     bs:int=1024,       # images a batch of all ranks; the paper's
@@ -272,7 +273,7 @@ def imagenet_data(
     n_valid:int=0,     # training images that validate; 0: the paper's 50,000
     n_workers:int=-1,  # processes that read, for each split; 0: this one; -1: a share of the cores
     augment:str='mild', # or 'strong', for retraining
-    shard:Shard=(0, 1), # rank and number of ranks
+    shard:World=World(), # rank and number of ranks
 ) -> DataLoaders:      # train, valid, test; `c` classes
     "An image folder for training a network and scoring it; `ValueError` as in `folder_splits` and `FileLoader`."
     if augment is None: raise ValueError("augment None, expected 'mild' or 'strong'")

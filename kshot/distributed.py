@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOST', 'World', 'world', 'is_first', 'asked_for', 'distributed', 'average_', 'mean', 'gather', 'agree']
 
-# %% ../nbs/41_distributed.ipynb #8d1edd85
-import os, re, signal, sys, threading, zlib
+# %% ../nbs/41_distributed.ipynb #50206c37
+import os, re, signal, threading, zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta

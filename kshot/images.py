@@ -7,9 +7,8 @@ __all__ = ['IMAGE_SETS', 'IMAGE_SUFFIXES', 'Raw', 'READERS', 'Images', 'ImageSet
            'find_images', 'decode_images', 'read_folder', 'read_part', 'read_parts', 'read_batch', 'read_batches',
            'decode_set', 'fingerprint', 'save_images', 'load_images', 'read_images']
 
-# %% ../nbs/43_images.ipynb #351e3801
+# %% ../nbs/43_images.ipynb #8791e1ae
 import io, json, os, sys, zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from hashlib import blake2b

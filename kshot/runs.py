@@ -7,14 +7,13 @@ __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'l
            'fingerprint', 'get_truth', 'rank_scores', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run',
            'export_run']
 
-# %% ../nbs/93_runs.ipynb #f88abf17
+# %% ../nbs/93_runs.ipynb #1f5457e5
 import json, os, platform, subprocess, sys, time, zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path as FilePath
-import numpy as np
 import pandas as pd
 import torch
 import kshot
@@ -136,7 +135,7 @@ def ensure_trained(
     begun = _is_of(folder, config)
     if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun)
 
-# %% ../nbs/93_runs.ipynb #118b265c
+# %% ../nbs/93_runs.ipynb #e3f9da30
 def score_run(
     folder:FilePath,     # of a run
     paths:list[str]|None=None, # formatted; None: every path of the space
@@ -150,6 +149,7 @@ def score_run(
         agree('done', 'the end')()
     return done.set_index('path').loc[wanted].reset_index()
 
+# %% ../nbs/93_runs.ipynb #9cbcf7e2
 def fingerprint(
     learn:Learner, # with weights
 ) -> str:          # 8 hexadecimal digits

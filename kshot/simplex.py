@@ -6,12 +6,11 @@
 __all__ = ['SimplexNet', 'UniformCode', 'VertexCode', 'FreeCode', 'discrimination', 'width_settings', 'width_discrimination',
            'entropy', 'mutual_information', 'code_stats']
 
-# %% ../nbs/30_simplex.ipynb #4ff7be8e
+# %% ../nbs/30_simplex.ipynb #f666c152
 from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from .space import Path, Space
 
 # %% ../nbs/30_simplex.ipynb #77c9a0ce

@@ -1,7 +1,7 @@
 "Several processes on one machine: what they compute, what they send, and how they end"
-import json, os, signal, socket, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import pytest, torch
+import pytest
 from kshot.train import load_newest, load_tensors
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
