@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #8ee69c3d
+# %% ../nbs/94_report.ipynb #731446ce
 from pathlib import Path as FilePath
 import numpy as np
 import pandas as pd
 import torch
 from . import plots
 from .config import Config, space_of
+from .look import label_of
+from .page import write_report
 from .runs import get_truth, load_run, rank_scores, read_run
 from .tables import read_log
 
-# %% ../nbs/94_report.ipynb #52a2d071
+# %% ../nbs/94_report.ipynb #e31a91a1
 def _read(folder, name): # a Parquet file of a run, or None
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
 
-def _names(runs): return {f'{k}_loss': f'{plots.label_of(k)}, by loss' for k in runs}
+def _names(runs): return {f'{k}_loss': f'{label_of(k)}, by loss' for k in runs}
 
 def _rank_section(runs, asked):
     "Scatter, accuracies and protocol of all runs that were scored."
@@ -66,7 +68,7 @@ def _search_section(folder):
     return [('Search', text, front,
              plots.draw_path(space, space.parse(found['path']), title=f'Found: {found["path"]}'))]
 
-# %% ../nbs/94_report.ipynb #211b089b
+# %% ../nbs/94_report.ipynb #d2ede4b0
 def make_report(
     fname:FilePath,          # html, replaced whole
     title:str,               # of the page
@@ -81,4 +83,4 @@ def make_report(
     if log: sections.append(('Training', 'Accuracy is the mean over up to 16 fixed paths on the validation split, with batch statistics.',
                              plots.plot_training(log)))
     asked = pd.DataFrame({k: read_run(f)['config'] for k,f in runs.items()}).astype(str).rename_axis('argument').reset_index()
-    return plots.write_report(fname, title, sections + [('What was run', asked)])
+    return write_report(fname, title, sections + [('What was run', asked)])
