@@ -4,29 +4,37 @@
 
 # %% auto #0
 __all__ = ['plain_step', 'supernet_step', 'naive_step', 'simplex_step', 'one_shot_loop', 'interleaved', 'ratio', 'peak_mib',
-           'bench_step', 'bench_score', 'bench_data', 'bench']
+           'bench_step', 'bench_score', 'bench_data', 'bench_live', 'bench']
 
-# %% ../nbs/97_bench.ipynb #e3cc8c30
+# %% ../nbs/97_bench.ipynb #8eaeefad
 import json, os, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from .compare import AccuracyExplorer, RankDashboard
+from .config import Config, make_learner
 from .data import imagenet_data
 from .evaluate import score_chain, score_path
+from .explore import CodeExplorer
 from .folder import images_per_second
 from .launch import command
+from .live import LiveCallback, LiveSearch
 from .networks import NETS, X_SHAPES, Chain, get_net
 from .runs import environment
+from .search import Search
+from .simplex import SimplexNet
 from .spaces import get_space
 from .supernet import Supernet
 from .traffic import bench_comm, needs
-from .train import by_decay, sgd
+from .train import by_decay, cosine, sgd
 
 # %% ../nbs/97_bench.ipynb #a7e8803c
 def _finish(loss:Tensor, opt): loss.backward(); opt.step(); opt.zero_grad()
@@ -205,10 +213,89 @@ def _pictures(folder, n):
             fname.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (375//15, 500//15, 3), np.uint8)).resize((500, 375)).save(fname)
 
-# %% ../nbs/97_bench.ipynb #cda39837
+# %% ../nbs/97_bench.ipynb #36ad9df1
+class _Timed(LiveCallback):
+    "Keeps the account of the thread that trains."
+    def _budget(self): self.seconds = dict.fromkeys(('opening', 'begin', 'steps', 'work', 'end'), 0.); return super()._budget()
+    def _add(self, kind, event):
+        start, spent = time.perf_counter(), sum(self.budget.spent.values())
+        getattr(super(), event)()
+        work = sum(self.budget.spent.values()) - spent if kind == 'steps' else 0
+        if kind == 'steps': self.seconds['work'] += work
+        self.seconds[kind] += time.perf_counter() - start - work
+    def before_train(self): self._add('begin', 'before_train')
+    def after_batch(self): self._add('steps', 'after_batch')
+    def after_fit(self): self._add('end', 'after_fit')
+
+def bench_live(
+    rounds:int=10,    # pairs of trainings
+    updates:int=600,  # of a training
+    K:int=4,          # supernets
+    space:str='nb201', # whose paths are explored
+    touches:int=30,   # of each control
+) -> dict:            # ratios, shares, milliseconds
+    "Cost of a live view of a training, and of what a reader does in the views."
+    config, lives, cpu = Config(K=K, epochs=3, passes=max(1, updates//24)), [], ([], [])
+    learners = iter([make_learner(config) for _ in range(2*(rounds+2))])
+    def train(r, *cbs):
+        learn, start = next(learners), time.process_time()
+        with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, cbs=[cosine(config.lr), *cbs])
+        if r >= 0: cpu[len(cbs)].append(time.process_time() - start)
+    def seen(r):
+        live, start = _Timed(), time.perf_counter()
+        live.open().window.width = 900
+        opening = time.perf_counter() - start
+        train(r, live)
+        live.seconds['opening'] = opening
+        if r >= 0: lives.append(live)
+    times = interleaved(dict(plain=train, live=seen), rounds)
+    return dict(K=K, updates=3*config.passes*8, rounds=rounds, threads=torch.get_num_threads()) | _costs(lives, times, cpu) | dict(
+        interaction_ms=_touch(_controls(lives[-1]) | _explorers(space), touches))
+
+def _costs(lives, times, cpu) -> dict: # of live views
+    kinds, mid = list(lives[0].budget.n), lambda v, digits=1: round(statistics.median(v), digits)
+    own = lambda l: l.log[-1]['seconds'] - l.seconds['steps'] - l.seconds['work'] # what training took
+    spread = lambda a, b: [round(float(q), 3) for q in np.quantile([y/x for x,y in zip(a, b)], [.25, .5, .75])]
+    return dict(plain_seconds=mid(times['plain']), time_over_plain=spread(times['plain'], times['live']), cpu_over_plain=spread(*cpu),
+        share_of_work=mid([l.seconds['work']/own(l) for l in lives], 4),
+        share_of_all=mid([sum(l.seconds.values())/own(l) for l in lives], 4),
+        account_ms={k: mid([1e3*l.seconds[k] for l in lives]) for k in lives[0].seconds},
+        n={k: mid([l.budget.n[k] for l in lives]) for k in kinds}, ms={k: mid([1e3*l.budget.price[k] for l in lives]) for k in kinds})
+
+# %% ../nbs/97_bench.ipynb #a78096ba
+def _controls(training:LiveCallback, n:int=200) -> dict[str, Callable]: # of the live views
+    rng, space = np.random.default_rng(0), get_space('macro')
+    search = Search(space, costs=dict(ops=sum, first=lambda path: path[0]), budgets=dict(ops=9))
+    (live := LiveSearch()).open().window.width = 900
+    search.run(lambda path: rng.random(), n, 'random', progress=live)
+    def click(r): live._click(live.front.widget.data[0], SimpleNamespace(point_inds=[r%n]), None)
+    def axis(r): live.costs.value = ('ops', 'first')[r%2]
+    def theme(r): training.panel.window.is_dark = r%2 == 0
+    def pause(r): training.panel.pausing.click()
+    return dict(pause=pause, theme=theme, click_of_200_paths=click, other_cost=axis)
+
+def _explorers(name:str) -> dict[str, Callable]: # name of a space
+    torch.manual_seed(0)
+    rng, space = np.random.default_rng(0), get_space(name)
+    scores = pd.DataFrame(dict(path=[space.format(p) for p in space])).assign(acc_alone=lambda f: rng.random(len(f)))
+    scores['acc_super'] = .5*scores.acc_alone + .5*rng.random(len(scores))
+    codes = CodeExplorer(space, SimplexNet(space, 4), scores[['path', 'acc_super']])
+    accuracy = AccuracyExplorer(scores, space)
+    truth = pd.DataFrame({s: scores.acc_alone + .01*rng.normal(size=len(scores)) for s in range(3)}).set_axis(scores.path)
+    ranking = RankDashboard(scores.drop(columns='acc_alone'), truth, n_boot=0)
+    for o in (codes, accuracy, ranking): o.window.width = 900
+    def op(r): w = codes.ops[r%len(codes.ops)]; w.value = (w.value+1)%len(w.options)
+    def region(r): accuracy.select((.01*(r%40), .6), (.3, .8+.005*(r%40)))
+    def top(r): ranking.top.value = 5 + 5*(r%19)
+    return dict(changed_op=op, region=region, top_slider=top)
+
+def _touch(controls:dict, rounds:int) -> dict[str, list]: # milliseconds: median, largest
+    return {k: [round(1e3*f(v), 1) for f in (statistics.median, max)] for k,v in interleaved(controls, rounds).items()}
+
+# %% ../nbs/97_bench.ipynb #c1568e7c
 @command(n_places=1)
 def bench(
-    what:str='step',     # step (of training), score (of paths), data (reading images), comm (bytes sent) or needs (of a large run)
+    what:str='step',     # step (of training), score (of paths), data (reading), live (views), comm (bytes sent) or needs (of a large run)
     bs:int=256,          # step: images a batch
     space:str='macro',   # whose network
     K:int=8,             # comm, needs: number of supernets
@@ -218,7 +305,7 @@ def bench(
     widths:str='',       # needs: relative widths
     folder:str='',       # data: of images; nothing: random pictures
     augment:str='mild',  # data: mild or strong
-    rounds:int=0,        # step, score: of each contestant; 0: 20 steps, 3 times 100 paths
+    rounds:int=0,        # step, score, live: of each contestant; 0: 20 steps, 3 times 100 paths, 10 trainings
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure what K supernets cost beside one."
@@ -226,6 +313,7 @@ def bench(
     kinds = dict(step=lambda: bench_step(bs=bs, rounds=rounds or 20, space=space, c=c, px=px, bf16=bf16),
                  score=lambda: bench_score(space, n_cells=cells, rounds=rounds or 3),
                  data=lambda: bench_data(folder, px or 224, augment=augment), comm=lambda: bench_comm(space, K, c),
+                 live=lambda: bench_live(rounds or 10),
                  needs=lambda: needs(space, K, widths=tuple(map(float, widths.split()))))
     if what not in kinds: raise ValueError(f'bench {what!r}, expected one of {", ".join(kinds)}')
     for k,v,least in (('rounds', rounds, 0), ('bs', bs, 16), ('K', K, 1)):

@@ -7,7 +7,7 @@ __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'l
            'fingerprint', 'get_truth', 'rank_scores', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run',
            'export_run']
 
-# %% ../nbs/93_runs.ipynb #1f5457e5
+# %% ../nbs/93_runs.ipynb #1e7706c5
 import json, os, platform, subprocess, sys, time, zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -19,6 +19,7 @@ import torch
 import kshot
 from fastprogress.fastprogress import progress_bar
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastcore.foundation import L
 from .config import Config, cost_of, make_learner, net_args, parts, space_of
 from .distributed import World, agree, distributed, gather, is_first, world
 from .data import held
@@ -27,7 +28,7 @@ from .export import load_subnet, measured, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
 from .rank import over_seeds, protocol
 from .retrain import get_recipe, retrain
-from .search import search
+from .search import make_search
 from .tables import get_table, latency, reference, write_parquet
 from .train import CheckpointCallback, Learner, cosine, load_newest, plain_errors
 
@@ -79,11 +80,12 @@ def add_result(
     write_run(folder, record)
     return result
 
-# %% ../nbs/93_runs.ipynb #f43a84a3
+# %% ../nbs/93_runs.ipynb #b6b35fcc
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
     resume:bool=False, # go on with a run that was interrupted?
+    cbs=None,          # more callbacks, such as a `kshot.live.LiveCallback`
 ) -> Learner:          # fitted
     "Train K-shot supernets into a folder; `ValueError` if it holds a run already, or on resuming if it holds none or another."
     folder, started = FilePath(folder), time.time()
@@ -95,8 +97,10 @@ def train_run(
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
         if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
         if not is_first(): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
-        learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb])
-        if is_first(): add_result(folder, 'train', cb.log[-1], started)
+        learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
+        is_whole = len(cb.log) == config.epochs or getattr(learn.k_shot.sampler, 'is_done', False)
+        if is_first() and is_whole: add_result(folder, 'train', cb.log[-1], started)
+        elif is_first(): print(f'{str(folder)!r} has {len(cb.log)} of {config.epochs} epochs: resume it to go on', file=sys.stderr)
         agree('done', 'the end')() # what the first one wrote is there when the others return
     return learn
 
@@ -261,7 +265,7 @@ def rank_seeds(
     agree('done', 'the end')()
     return frame
 
-# %% ../nbs/93_runs.ipynb #9fafac0e
+# %% ../nbs/93_runs.ipynb #7acc4dc9
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
@@ -271,9 +275,9 @@ def search_run(
     seed:int=0,             # of the search
     n_calibration:int=4,    # training batches for batch norm (paper: 20)
     storage:str|None=None,  # database that the workers share, such as postgresql://...; None: a journal in the folder
-    progress:bool=False,    # show a bar?
+    progress=False,         # a bar, or a function, as in `kshot.search`
 ) -> pd.DataFrame:          # scored paths, best first; also in `folder/search.parquet`
-    "Search the trained supernets of a run for the best path under budgets; `ValueError` as in `kshot.search`."
+    "Search a trained run for the best path under budgets; one that is stopped has no result yet. `ValueError` as in `kshot.search`."
     started, folder, budgets = time.time(), FilePath(folder), {k: v for k,v in (budgets or {}).items() if v is not None}
     config, learn = load_run(folder)
     space, codes, batches = space_of(config), learn.k_shot.codes, learn.dls.train.fixed(n_calibration)
@@ -286,13 +290,14 @@ def search_run(
     costs = dict(macs=cost.macs, n_params=cost.n_params) | (dict(latency_ms=latency(config.space, device)) if device else {})
     asked = [f'{k}<={v:g}' for k,v in sorted(budgets.items())] + [f'bn{n_calibration}', *filter(None, [device])]
     name = ' '.join([algorithm, *asked, fingerprint(learn)])
-    look = lambda n, show=False: search(space, lambda path: -score(path)[1], n, algorithm, seed, show, costs=costs, budgets=budgets,
-        storage=storage or folder/'search.journal', name=name)
     with distributed():
-        look(n, progress and is_first())
+        search = make_search(space, costs=costs, budgets=budgets, storage=storage or folder/'search.journal', name=name)
+        search.run(lambda path: -score(path)[1], n, algorithm, seed, is_first() and progress)
         agree('done', 'the end')()
-        frame = look(0) # with what the others found last
-        if is_first():
+        search.sync() # what the others found last
+        frame, is_cut = search.frame(), search.is_cut and search.n_done < n
+        if is_first() and is_cut: print(f'{str(folder)!r} has {len(frame)} of {n} paths: search again to go on', file=sys.stderr)
+        elif is_first():
             write_parquet(frame, folder/'search.parquet')
             best = frame.iloc[0]
             acc, loss = score(space.parse(best.path))

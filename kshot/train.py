@@ -210,7 +210,7 @@ class OwnLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
-# %% ../nbs/50_train.ipynb #01079b4e
+# %% ../nbs/50_train.ipynb #d613381d
 def kshot_learner(
     net:nn.Module,   # `forward(x, path)`, see `kshot.networks`
     space:Space,     # its paths
@@ -224,8 +224,10 @@ def kshot_learner(
     apart:float=1., bf16:bool=False,
     **kwargs,        # of `KShotCallback`
 ) -> Learner:        # fastai's, to `fit`
-    "Learner of K-shot supernets; `learn.model` is the `Supernet`, `learn.k_shot.codes` makes the codes."
+    "Learner of K-shot supernets: `model` is the `Supernet`, `k_shot.codes` makes the codes; `ValueError` for a network of another space."
     supernet = Supernet(net, K, even_step=even_step, apart=apart, bf16=bf16)
+    if (sizes := tuple(supernet.sizes)) != space.sizes:
+        raise ValueError(f'a network with {sizes} ops in its blocks, expected {space.sizes} as in space {space.name!r}')
     codes = codes or (SimplexNet(space, K) if K > 1 else UniformCode(1))
     cb = KShotCallback(codes, get_sampler(sampler, space, seed) if isinstance(sampler, str) else sampler, **kwargs)
     loss = nn.CrossEntropyLoss(label_smoothing=.1)
@@ -329,7 +331,7 @@ def load_newest(
         except ValueError as e: print(f'{e}; trying the one before', file=sys.stderr)
     raise ValueError(f'folder {str(folder)!r} has no checkpoint that can be read')
 
-# %% ../nbs/50_train.ipynb #7fcf052a
+# %% ../nbs/50_train.ipynb #14502789
 class CheckpointCallback(Callback):
     "Save a run after each epoch into `folder/checkpoint` and its log into `folder/log.jsonl`; or go on with what is there."
     order = 65 # the recorder and the schedule are done with the epoch
@@ -338,9 +340,10 @@ class CheckpointCallback(Callback):
         resume:bool=False, # go on from the newest checkpoint? otherwise there must be none
     ):
         self.folder, self.resume, self.log, self.start, self.broken = FilePath(folder), resume, [], 0, set()
-        if not resume and self._files(): raise ValueError(f'folder {str(folder)!r} holds a run already: resume it or choose another')
+        if not resume and self.files: raise ValueError(f'folder {str(folder)!r} holds a run already: resume it or choose another')
 
-    def _files(self): return sorted(self.folder.glob('checkpoint/epoch_*.safetensors'))
+    @property
+    def files(self) -> list[FilePath]: return sorted(self.folder.glob('checkpoint/epoch_*.safetensors')) # oldest first
 
     def before_fit(self):
         if not self.resume: return
@@ -370,7 +373,7 @@ class CheckpointCallback(Callback):
         self.log.append(row | {f'code_{k}': v for k,v in stats.items()} | self._broken())
         self._save()
 
-# %% ../nbs/50_train.ipynb #df5b2ca7
+# %% ../nbs/50_train.ipynb #2ab5b07a
 def is_at_chance(
     acc:float,     # accuracy 0-1
     best:float,    # that it had
@@ -383,7 +386,7 @@ def is_at_chance(
 
 @patch
 def _stop(self:CheckpointCallback, where:str, what:str):
-    kept = f'the checkpoint of epoch {self.epoch} is kept' if self._files() else 'there is no checkpoint yet'
+    kept = f'the checkpoint of epoch {self.epoch} is kept' if self.files else 'there is no checkpoint yet'
     raise ValueError(f'training stopped in epoch {self.epoch+1}{where}: {what}; {kept}. A smaller learning rate may help')
 
 @patch
@@ -401,7 +404,7 @@ def _check_accuracy(self:CheckpointCallback, acc:float):
     best, n = max((r['acc_valid'] for r in self.log), default=0.), sum(gather(self.n_valid))
     if is_at_chance(acc, best, self.dls.c, n): self._stop('', f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
 
-# %% ../nbs/50_train.ipynb #7124328b
+# %% ../nbs/50_train.ipynb #45f120f2
 def broken_images(
     dls:DataLoaders, # all its loaders
 ) -> set[str]:       # names
@@ -422,7 +425,7 @@ def _save(self:CheckpointCallback):
     tensors, meta = self.learn.k_shot.state()
     save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, {**meta, 'log': self.log})
     (self.folder/'log.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in self.log))
-    for old in self._files()[:-2]: old.unlink()
+    for old in self.files[:-2]: old.unlink()
 
 # %% ../nbs/50_train.ipynb #e9d44144
 @contextmanager
