@@ -2,7 +2,7 @@
 VENV   ?= .venv#   another one: make test VENV=.venv313 PYTHON=python3.13
 PYTHON ?=#         the interpreter of a new VENV; by default the first that is new enough
 FLAGS  ?=#         tests that are left out unless named: slow cuda
-ARGS   ?=#         arguments of the command that demo and bench run
+ARGS   ?=#         arguments of the command that demo, lab and bench run
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,8 +26,8 @@ test: $(READY) ## all tests: the notebooks, then tests/; pytest has the last wor
 	@OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing --flags "$(FLAGS)" 2>&1 | tee $(LOG)
 	@OMP_NUM_THREADS=1 NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests --flags "$(FLAGS)"
 
-lab: $(READY) ## JupyterLab on the notebooks
-	@$(BIN)/jupyter lab nbs
+lab: $(READY) ## JupyterLab on the quickstart
+	@$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/tutorials/quickstart.ipynb $(ARGS)
 
 bench: $(READY) ## what K supernets cost beside one
 	@$(BIN)/kshot_bench $(ARGS)
