@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['in_kernel', 'Budget', 'Switch', 'LivePanel', 'Guard', 'LiveCallback', 'some_images', 'LiveSearch']
 
-# %% ../nbs/89_live.ipynb #3a9671ad
+# %% ../nbs/89_live.ipynb #0a334cb5
 import copy, math, queue, sys, threading, time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from html import escape
 import ipywidgets, numpy as np, pandas as pd, torch
+from .train import CheckpointCallback # before fastai: it keeps a warning of its import quiet
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
 from fastprogress.fastprogress import format_time
@@ -24,7 +25,6 @@ from .plots import draw_path, live_note, plot_live, plot_pareto
 from .rank import kendall_tau
 from .search import Search, watching
 from .simplex import code_stats
-from .train import CheckpointCallback
 from .widgets import Panel, View, Window, answer_now
 
 # %% ../nbs/89_live.ipynb #6b3baa4c

@@ -7,7 +7,7 @@ __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'l
            'fingerprint', 'get_truth', 'rank_scores', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run',
            'export_run']
 
-# %% ../nbs/93_runs.ipynb #1e7706c5
+# %% ../nbs/93_runs.ipynb #8f4dbbfa
 import json, os, platform, subprocess, sys, time, zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 import kshot
 from fastprogress.fastprogress import progress_bar
+from .data import held # before fastai: it keeps a warning of its import quiet
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 from .config import Config, cost_of, make_learner, net_args, parts, space_of
 from .distributed import World, agree, distributed, gather, is_first, world
-from .data import held
 from .evaluate import accuracy_loss, score_path, score_paths
 from .export import load_subnet, measured, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
