@@ -213,7 +213,7 @@ def _pictures(folder, n):
             fname.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (375//15, 500//15, 3), np.uint8)).resize((500, 375)).save(fname)
 
-# %% ../nbs/97_bench.ipynb #36ad9df1
+# %% ../nbs/97_bench.ipynb #6404c834
 class _Timed(LiveCallback):
     "Keeps the account of the thread that trains."
     def _budget(self): self.seconds = dict.fromkeys(('opening', 'begin', 'steps', 'work', 'end'), 0.); return super()._budget()
@@ -227,6 +227,7 @@ class _Timed(LiveCallback):
     def after_batch(self): self._add('steps', 'after_batch')
     def after_fit(self): self._add('end', 'after_fit')
 
+# %% ../nbs/97_bench.ipynb #4b6fc354
 def bench_live(
     rounds:int=10,    # pairs of trainings
     updates:int=600,  # of a training

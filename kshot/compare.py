@@ -32,9 +32,9 @@ def on_box(
         if boxes[-1].get('type') == 'rect': found(*(tuple(sorted((boxes[-1][f'{a}0'], boxes[-1][f'{a}1']))) for a in 'xy'))
     view.each(lambda widget: widget.layout.on_change(dragged, 'selections'))
 
-# %% ../nbs/88_compare.ipynb #472ddedf
+# %% ../nbs/88_compare.ipynb #cf297195
 _WIDE = 900 # pixels, from which on there are two columns
-_NEEDLESS = ('sendChartToCloud', 'zoomIn2d', 'zoomOut2d', 'autoScale2d', 'lasso2d') # buttons
+_NEEDLESS = ('zoomIn2d', 'zoomOut2d', 'autoScale2d', 'lasso2d') # buttons
 
 class HalfView(View):
     "A view in one of two columns."

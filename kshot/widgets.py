@@ -53,7 +53,7 @@ class Window(anywidget.AnyWidget):
     @property
     def is_narrow(self) -> bool: return 0 < self.width < 620
 
-# %% ../nbs/86_widgets.ipynb #003f6f4d
+# %% ../nbs/86_widgets.ipynb #e5cdea71
 def _merged(a:dict, b:dict) -> dict: # a with b's entries, dicts and lists entry by entry
     both = lambda u, v: _merged(u, v) if isinstance(u, dict) and isinstance(v, dict) else v
     several = lambda u, v: [both(*p) for p in zip(u, v)] + u[len(v):] if isinstance(u, list) and isinstance(v, list) else both(u, v)
@@ -65,7 +65,7 @@ class View:
     "Shows one plain figure after another in a widget, in the page's theme and width."
     def __init__(self,
         window:Window, # tells theme and width
-        **on,          # 'click', 'hover' or 'selection' -> a function of the event that plotly reports, see `show`
+        **on,          # 'click', 'hover', 'unhover', 'selection', 'deselect' -> a function of the event that plotly reports
     ):
         self.window, self.on, self.figure, self.lock, self.hooks = window, on, None, threading.RLock(), []
         self.place, self.widget = ipywidgets.Box(layout=dict(width='100%', overflow='hidden')), None # it stands in the page, and this in it
