@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARES', 'on_box', 'HalfView', 'columns', 'AccuracyExplorer', 'align_scores', 'top_taus', 'RankDashboard']
 
-# %% ../nbs/88_compare.ipynb #1b40f5eb
+# %% ../nbs/88_compare.ipynb #c7d5d41f
 import html, math, time
 from collections.abc import Callable, Mapping
 import ipywidgets, numpy as np, pandas as pd
@@ -15,7 +15,7 @@ from .look import OKABE_ITO, finite, joined, label_of
 from .page import table_html
 from .plots import (DISTRIBUTIONS, accuracy_rows, cost_bins, op_at, op_shares, path_array, plot_accuracy, plot_protocol, plot_rank,
                          plot_shares, plot_top_tau)
-from .rank import kendall_tau, protocol, top_tau
+from .rank import kendall_tau, protocol, scorers_of, top_tau
 from .space import Space
 from .widgets import Panel, View, Window
 
@@ -343,20 +343,16 @@ class RankDashboard(Panel):
         self.scatter, self.bars, self.line = HalfView(self.window), HalfView(self.window), View(self.window)
         self._show_all(n_boot)
 
-# %% ../nbs/88_compare.ipynb #b584a312
+# %% ../nbs/88_compare.ipynb #d637afa2
 @patch
 def _measure(self:RankDashboard, seeds:pd.DataFrame, n_boot:int):
-    scorers, counts, whole = {}, {}, seeds.dropna(axis=1)
-    for k,f in self.runs.items():
-        scorers |= {k: f.acc_super} | ({f'{k}_loss': -f.loss_super} if 'loss_super' in f else {})
-        for c,name in (('macs', 'macs'), ('n_params', 'params')):
-            if c in f and f[c].notna().all(): counts.setdefault(name, f[c])
+    (scorers, counts), whole = scorers_of(self.runs), seeds.dropna(axis=1)
     self.protocol = self.tops = pd.DataFrame()
     if len(seeds) < 2: return
-    as_arrays, y = lambda d: {k: v.to_numpy(float) for k,v in d.items()}, next(iter(self.runs.values())).acc_alone.to_numpy()
+    y = next(iter(self.runs.values())).acc_alone.to_numpy()
     per_seed = whole.T.to_numpy() if whole.shape[1] > 1 else None
-    self.protocol = protocol(as_arrays(scorers), y, as_arrays(counts), per_seed, n_boot=n_boot).set_index('scorer')
-    self.tops = top_taus(as_arrays(scorers | counts), y, per_seed)
+    self.protocol = protocol(scorers, y, counts, per_seed, n_boot=n_boot).set_index('scorer')
+    self.tops = top_taus(scorers | counts, y, per_seed)
 
 # %% ../nbs/88_compare.ipynb #535345de
 @patch

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ranks', 'kendall_tau', 'spearman', 'sparse_kendall_tau', 'true_top', 'top_tau', 'top_k_regret', 'precision_at_k',
-           'surpass_random', 'search_performance', 'bootstrap_ci', 'seed_ceiling', 'metrics', 'protocol', 'over_seeds']
+           'surpass_random', 'search_performance', 'bootstrap_ci', 'seed_ceiling', 'metrics', 'protocol', 'scorers_of',
+           'over_seeds']
 
 # %% ../nbs/60_rank.ipynb #e5f047d0
 from collections.abc import Callable, Sequence
@@ -204,6 +205,19 @@ def protocol(
     interval = ci(seed_ceiling, seeds)
     pairs = pd.DataFrame([metrics(a, b, n) for i,a in enumerate(seeds) for j,b in enumerate(seeds) if i != j])
     return pd.DataFrame(rows + [_row('ceiling', 'ceiling', pairs.mean(), interval)])
+
+# %% ../nbs/60_rank.ipynb #0aead5ce
+def scorers_of(
+    runs:dict[str, pd.DataFrame], # name -> scores of the same paths in the same order: acc_super; loss_super, macs, n_params where known
+) -> tuple[dict, dict]:           # scorers and baselines of `protocol`: name -> `(N,)` numbers, higher is better
+    "What the frames of runs rank by; counts are the first run's that has them."
+    scorers, counts = {}, {}
+    for k,f in runs.items():
+        scorers[k] = f.acc_super.to_numpy(float)
+        if 'loss_super' in f: scorers[f'{k}_loss'] = -f.loss_super.to_numpy(float)
+        for c,name in (('macs', 'macs'), ('n_params', 'params')):
+            if c in f and f[c].notna().all(): counts.setdefault(name, f[c].to_numpy(float))
+    return scorers, counts
 
 # %% ../nbs/60_rank.ipynb #4f5de3ae
 def over_seeds(

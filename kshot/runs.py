@@ -7,7 +7,7 @@ __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'l
            'fingerprint', 'get_truth', 'rank_scores', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run',
            'export_run']
 
-# %% ../nbs/93_runs.ipynb #8f4dbbfa
+# %% ../nbs/93_runs.ipynb #cb93c899
 import json, os, platform, subprocess, sys, time, zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -26,7 +26,7 @@ from .distributed import World, agree, distributed, gather, is_first, world
 from .evaluate import accuracy_loss, score_path, score_paths
 from .export import load_subnet, measured, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
-from .rank import over_seeds, protocol
+from .rank import over_seeds, protocol, scorers_of
 from .retrain import get_recipe, retrain
 from .search import make_search
 from .tables import get_table, latency, reference, write_parquet
@@ -186,7 +186,7 @@ def _score(folder, paths, how, progress, shard) -> tuple[pd.DataFrame, list[str]
             add_result(folder, 'score', how | dict(n_paths=len(done)), started)
     return done, [space.format(p) for p in wanted]
 
-# %% ../nbs/93_runs.ipynb #3beadd3b
+# %% ../nbs/93_runs.ipynb #72b85ef4
 def get_truth(
     table:str,       # name of a benchmark table
     n:int|None=None, # paths drawn; None: all
@@ -210,13 +210,10 @@ def rank_scores(
     for k,s in runs.items():
         if set(s.path) != set(first.path):
             raise ValueError(f'{k} has scores of {len(s)} paths, expected the same {len(first)} as the others')
-    per_seed, scorers = truth.loc[first.path], {}
-    for k,s in runs.items():
-        s = s.set_index('path').loc[first.path]
-        scorers |= {k: s.acc_super.to_numpy(), f'{k}_loss': -s.loss_super.to_numpy()}
+    per_seed = truth.loc[first.path]
+    scorers, counts = scorers_of({k: s.set_index('path').loc[first.path] for k,s in runs.items()})
     whole = per_seed.dropna(axis=1) # seeds that every path has
-    return protocol(scorers, per_seed.mean(axis=1).to_numpy(), dict(macs=first.macs.to_numpy(), params=first.n_params.to_numpy()),
-                    whole.T.to_numpy() if whole.shape[1] > 1 else None, n_boot=n_boot)
+    return protocol(scorers, per_seed.mean(axis=1).to_numpy(), counts, whole.T.to_numpy() if whole.shape[1] > 1 else None, n_boot=n_boot)
 
 def _by_scorer(frame): return {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}
 
