@@ -55,7 +55,7 @@ def recalibrate_bn(
     n_all = round(mean([len(batches)])[0]*world().size) if is_shared else len(batches)
     return stats | {n: c + n_all for n,c in counts.items()}
 
-# %% ../nbs/62_evaluate.ipynb #bdeaf69d
+# %% ../nbs/62_evaluate.ipynb #dd9cc4f4
 @contextmanager
 def evaluating(
     supernet:Supernet, # in any mode, and back in it afterwards
@@ -69,24 +69,24 @@ def evaluating(
 
 def _average(norms, xs, run) -> list: # what `run` returns for each batch
     "Run batches while batch norms average over them; counted here, since torch would ask the device how many there were."
-    out = []
+    out, was = [], [m.momentum for m in norms]
     try:
         for m in norms: m.training = True
         for i,x in enumerate(xs, 1):
             for m in norms: m.momentum = 1/i
             out.append(run(x))
     finally:
-        for m in norms: m.training, m.momentum = False, None
+        for m,momentum in zip(norms, was): m.training, m.momentum = False, momentum
     return out
 
-# %% ../nbs/62_evaluate.ipynb #290c807d
+# %% ../nbs/62_evaluate.ipynb #a643324c
 @torch.no_grad()
 def score_path(
     supernet:Supernet, # trained
     path:Path,         # op index per block
     code:Tensor,       # `(K,)` or `(L, K)`
     batches:Iterable[tuple[Tensor, Tensor]], # what is scored on
-    calibration:list[tuple[Tensor, Tensor]]|None, # batches for batch norm; None: the scored batch's own statistics
+    calibration:list[tuple[Tensor, Tensor]]|None, # batches for batch norm; None: what was tracked, or else the scored batch's own statistics
     is_shared:bool=False, # does every rank hold a part of the batches and some of the calibration batches?
 ) -> tuple[float, float]: # accuracy 0-1, mean cross-entropy
     "Accuracy and loss of one path in a supernet."

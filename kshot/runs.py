@@ -7,7 +7,7 @@ __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'l
            'fingerprint', 'get_truth', 'rank_scores', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run',
            'export_run']
 
-# %% ../nbs/93_runs.ipynb #cb93c899
+# %% ../nbs/93_runs.ipynb #f45bf2a1
 import json, os, platform, subprocess, sys, time, zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from fastprogress.fastprogress import progress_bar
 from .data import held # before fastai: it keeps a warning of its import quiet
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
-from .config import Config, cost_of, make_learner, net_args, parts, space_of
+from .config import Config, alone, cost_of, make_learner, net_args, parts, space_of
 from .distributed import World, agree, distributed, gather, is_first, world
 from .evaluate import accuracy_loss, score_path, score_paths
 from .export import load_subnet, measured, save_subnet, to_onnx, to_torch_export
@@ -80,15 +80,16 @@ def add_result(
     write_run(folder, record)
     return result
 
-# %% ../nbs/93_runs.ipynb #b6b35fcc
+# %% ../nbs/93_runs.ipynb #b753114e
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
     resume:bool=False, # go on with a run that was interrupted?
     cbs=None,          # more callbacks, such as a `kshot.live.LiveCallback`
+    progress:bool=True, # show a bar and the epochs?
 ) -> Learner:          # fitted
     "Train K-shot supernets into a folder; `ValueError` if it holds a run already, or on resuming if it holds none or another."
-    folder, started = FilePath(folder), time.time()
+    folder = FilePath(folder)
     if resume: config = _config(folder)
     elif folder.exists() and any(folder.iterdir()): raise ValueError(f'folder {str(folder)!r} is not empty: resume it or choose another')
     with distributed() as shard, plain_errors(), ExitStack() as stack:
@@ -96,15 +97,16 @@ def train_run(
         cb = CheckpointCallback(folder, resume=resume and any(folder.glob('checkpoint/*')))
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
         if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
-        if not is_first(): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
+        if not (progress and is_first()): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
         is_whole = len(cb.log) == config.epochs or getattr(learn.k_shot.sampler, 'is_done', False)
-        if is_first() and is_whole: add_result(folder, 'train', cb.log[-1], started)
+        updates = len(cb.log)*len(learn.dls.train)*learn.k_shot.sampler.n_a_step # forward and backward passes over a batch
+        if is_first() and is_whole: add_result(folder, 'train', cb.log[-1] | dict(updates=updates), time.time()-cb.seconds)
         elif is_first(): print(f'{str(folder)!r} has {len(cb.log)} of {config.epochs} epochs: resume it to go on', file=sys.stderr)
         agree('done', 'the end')() # what the first one wrote is there when the others return
     return learn
 
-# %% ../nbs/93_runs.ipynb #efb100e8
+# %% ../nbs/93_runs.ipynb #1dbfd148
 def load_run(
     folder:FilePath, # of a run
     shard:World=World(), # which part of every batch
@@ -133,11 +135,12 @@ def _is_of(folder:FilePath, config:Config) -> bool: # of a folder that holds som
 def ensure_trained(
     config:Config,   # what to train
     folder:FilePath, # of the run
+    progress:bool=True, # as in `train_run`
 ):
     "Train a run, or go on with it, or leave it if it is done; `ValueError` if the folder holds a run of another configuration."
     folder = FilePath(folder)
     begun = _is_of(folder, config)
-    if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun)
+    if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun, progress=progress)
 
 # %% ../nbs/93_runs.ipynb #e3f9da30
 def score_run(
@@ -303,7 +306,7 @@ def search_run(
         agree('written', 'the end')()
     return frame
 
-# %% ../nbs/93_runs.ipynb #2a132a3a
+# %% ../nbs/93_runs.ipynb #395c5b99
 def retrain_run(
     folder:FilePath,     # of a run
     path:str|None=None,  # formatted; None: the best that `search_run` found
@@ -315,7 +318,7 @@ def retrain_run(
 ) -> dict:               # path, costs, acc_valid and acc_alone (test) 0-1
     "Train one path alone and save it, or go on with it; `ValueError` if no path is given and none was found, and as in `kshot.retrain`."
     started, folder, record = time.time(), FilePath(folder), read_run(folder)
-    config, how = _config(folder), get_recipe(recipe, epochs, bs=bs)
+    config, how = alone(_config(folder)), get_recipe(recipe, epochs, bs=bs)
     if path is None and 'search' not in record['results']: raise ValueError(f'folder {str(folder)!r} has no search result: name a path')
     p = space_of(config).parse(path or record['results']['search']['path'])
     torch.manual_seed(seed)

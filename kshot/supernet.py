@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix', 'Slot', 'redraw', 'Supernet', 'check_code', 'fresh_stats']
 
-# %% ../nbs/20_supernet.ipynb #75c44ef3
+# %% ../nbs/20_supernet.ipynb #f49c06b1
 import copy
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from . import networks
-from .networks import Ops, block_sizes, check_path, op_modules, op_owner, reads
+from .networks import Op, Ops, block_sizes, check_path, op_modules, op_owner, reads
 from .space import Path
 
 # %% ../nbs/20_supernet.ipynb #a76a83a4
@@ -84,7 +84,7 @@ def redraw(
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
     return net
 
-# %% ../nbs/20_supernet.ipynb #337a455c
+# %% ../nbs/20_supernet.ipynb #160bac2c
 class Supernet(nn.Module):
     "K-shot supernets of a single-path network; `ValueError` if K < 1 or `ops` don't fit."
     def __init__(self,
@@ -94,43 +94,46 @@ class Supernet(nn.Module):
         even_step:bool=True, # move the mixed weights as far as one-shot's, wherever the code is?
         apart:float=1., # how far from the given network the supernets start, in units of independent draws
         bf16:bool=False, # compute in bfloat16, where it is safe? Weights and their mixing stay in float32
+        track:bool=False, # let batch norms track statistics over all paths, and use them in evaluation?
         redraw:Callable[[nn.Module], nn.Module]=redraw, # draws the parameters of a copy anew
     ):
         super().__init__()
         if K < 1: raise ValueError(f'K={K}, expected at least 1')
-        self.K, self.even_step, self.bf16, self.ops = K, even_step, bf16, op_modules(net, ops)
+        self.K, self.even_step, self.bf16, self.track, self.ops = K, even_step, bf16, track, op_modules(net, ops)
         self.sizes = block_sizes(net, self.ops)
-        self.slots, self.banks = _slots(net, self.ops), nn.ParameterDict()
+        (self.slots, self.banks_of), self.banks = _slots(net, self.ops), nn.ParameterDict()
         draws = [net] + [redraw(copy.deepcopy(net)) for _ in range(K-1)]
         rows = [dict(n.named_parameters(remove_duplicate=False)) for n in draws]
         for key,slots in self.slots.items():
             W = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
             self.banks[key] = W[0] + apart*(W - W.mean(0)) # the centre of the simplex is the network that was given
-        self.net, self._bn = _strip(copy.deepcopy(net))
+        self.net, self._bn = _strip(copy.deepcopy(net), track)
         self.waiting = None # a list: there gradients wait for `merge`
 
-# %% ../nbs/20_supernet.ipynb #1a726054
-def _bank_key(op:tuple[int, int]|None, ndim:int) -> str:
-    return ('shared' if op is None else f'{op[0]}_{op[1]}') + ('' if ndim > 1 else '_1d')
+# %% ../nbs/20_supernet.ipynb #2baf2e62
+def _bank_key(owners:set, ndim:int) -> str: # of (block, op), None for what all paths share
+    return ('shared' if None in owners else '+'.join(f'{l}_{o}' for l,o in sorted(owners))) + ('' if ndim > 1 else '_1d')
 
-def _slots(net:nn.Module, ops:dict) -> dict[str, list[Slot]]:
-    "Slots of each bank, in the order of the network's parameters."
+def _slots(net:nn.Module, ops:dict) -> tuple[dict[str, list[Slot]], dict[Op|None, dict]]:
+    "Slots of each bank, in the order of the network's parameters; of each op, its banks and the block whose code they are mixed by."
     tied = {} # id of a tensor -> its names
     for n,p in net.named_parameters(remove_duplicate=False): tied.setdefault(id(p), []).append(n)
-    slots, owner = {}, op_owner(ops)
+    slots, banks_of, owner = {}, {}, op_owner(ops)
     for p in net.parameters():
         names = tuple(tied[id(p)])
         owners = {owner(n) for n in names}
-        if len(owners) > 1: raise ValueError(f'parameter {names[0]!r} is tied over several ops: {", ".join(names)}')
-        slots.setdefault(_bank_key(owners.pop(), p.ndim), []).append(Slot(names, tuple(p.shape), p.numel()))
-    return slots
+        key, blocks = _bank_key(owners, p.ndim), {op and op[0] for op in owners}
+        slots.setdefault(key, []).append(Slot(names, tuple(p.shape), p.numel()))
+        for op in {None} if None in owners else owners:
+            banks_of.setdefault(op, {})[key] = blocks.copy().pop() if len(blocks) == 1 else None
+    return slots, banks_of
 
-def _strip(net:nn.Module) -> tuple[nn.Module, dict]:
-    "The network without parameters and batch-norm statistics, and the momentum of each batch norm that had some."
+def _strip(net:nn.Module, track:bool) -> tuple[nn.Module, dict]:
+    "The network without parameters and batch-norm statistics, unless it tracks them; the momentum of each batch norm that had some."
     momentum = {n: m.momentum for n,m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     for n,m in net.named_modules():
         for p in m._parameters: m._parameters[p] = None
-        if n in momentum: m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
+        if n in momentum and not track: m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
     return net, momentum
 
 # %% ../nbs/20_supernet.ipynb #13da3772
@@ -147,12 +150,12 @@ def check_code(
             raise ValueError(f'code {[round(v, 4) for v in c.flatten().tolist()]}, expected entries >= 0 that sum to 1')
     return code
 
-# %% ../nbs/20_supernet.ipynb #22126cad
+# %% ../nbs/20_supernet.ipynb #454034bb
 @patch
 def _keys(self:Supernet, path:Path) -> list[tuple[int|None, str]]:
     "Block and key of each bank that a path reads."
-    keys = [(None, 'shared'), (None, 'shared_1d')] + [(l, f'{l}_{o}{d}') for l,o,*_ in reads(self.net, path) for d in ('', '_1d')]
-    return [(l,k) for l,k in keys if k in self.slots]
+    ops = [None, *((l,o) for l,o,*_ in reads(self.net, path))]
+    return list(dict.fromkeys((l,key) for op in ops for key,l in self.banks_of.get(op, {}).items()))
 
 @patch
 def _keep(self:Supernet, key:str) -> Callable|None: # where the gradient of a bank goes, if it is to wait
@@ -225,7 +228,7 @@ def from_tensors(self:Supernet,
         return _flat(tensors[s.names[0]][k])
     return {key: torch.stack([torch.cat([row(s, k) for s in slots]) for k in range(self.K)]) for key,slots in self.slots.items()}
 
-# %% ../nbs/20_supernet.ipynb #3d6875a9
+# %% ../nbs/20_supernet.ipynb #6c3897fe
 def fresh_stats(
     supernet:Supernet, # knows its batch norms
     path:Path,         # op index per block
@@ -244,7 +247,7 @@ def fresh_stats(
 def subnet(self:Supernet,
     path:Path,   # op index per block
     code:Tensor, # `(K,)` or `(L, K)`
-    stats:dict[str, Tensor]|None=None, # batch-norm statistics, as `kshot.evaluate.recalibrate_bn` returns them; None: fresh ones
+    stats:dict[str, Tensor]|None=None, # batch-norm statistics, as `kshot.evaluate.recalibrate_bn` returns them; None: what was tracked, or else fresh ones
 ) -> fx.GraphModule: # `forward(x)`
     "Plain module of one path with weights of its own; its batch norms track statistics as usual."
     for m in self.net.modules():
@@ -255,7 +258,7 @@ def subnet(self:Supernet,
     for name,t in self.weights([path], code[None])[0].items():
         m,leaf = place(name)
         m._parameters[leaf] = params.setdefault(t.data_ptr(), nn.Parameter(t.detach().clone()))
-    for name,t in {**fresh_stats(self, path), **(stats or {})}.items():
+    for name,t in {**({} if self.track else fresh_stats(self, path)), **(stats or {})}.items():
         m,leaf = place(name)
         m._buffers[leaf] = t.clone()
     for m in net.modules():

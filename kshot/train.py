@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['by_decay', 'sgd', 'cosine', 'SkipValidation', 'train_alone', 'KShotCallback', 'OwnLoss', 'kshot_learner',
-           'save_tensors', 'load_tensors', 'load_newest', 'CheckpointCallback', 'is_at_chance', 'broken_images',
-           'plain_errors']
+           'save_tensors', 'load_tensors', 'load_newest', 'CheckpointCallback', 'is_at_chance', 'TrainingStopped',
+           'broken_images', 'plain_errors']
 
-# %% ../nbs/50_train.ipynb #1765c083
-import json, math, os, re, sys
+# %% ../nbs/50_train.ipynb #28fabd2c
+import json, math, os, re, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -210,7 +210,7 @@ class OwnLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.val = torch.lerp(loss, self.val.to(loss), self.beta)
 
-# %% ../nbs/50_train.ipynb #d613381d
+# %% ../nbs/50_train.ipynb #4b6aa818
 def kshot_learner(
     net:nn.Module,   # `forward(x, path)`, see `kshot.networks`
     space:Space,     # its paths
@@ -220,12 +220,12 @@ def kshot_learner(
     sampler:str|UniformSampler='uniform', # a name of `kshot.sampler`, or one that is made
     seed:int=0,      # of the sampler
     wd:float=5e-4,   # weight decay
-    even_step:bool=True, # see `kshot.supernet`, and so are the next two
-    apart:float=1., bf16:bool=False,
+    even_step:bool=True, # see `kshot.supernet`, and so are the next three
+    apart:float=1., bf16:bool=False, track:bool=False,
     **kwargs,        # of `KShotCallback`
 ) -> Learner:        # fastai's, to `fit`
     "Learner of K-shot supernets: `model` is the `Supernet`, `k_shot.codes` makes the codes; `ValueError` for a network of another space."
-    supernet = Supernet(net, K, even_step=even_step, apart=apart, bf16=bf16)
+    supernet = Supernet(net, K, even_step=even_step, apart=apart, bf16=bf16, track=track)
     if (sizes := tuple(supernet.sizes)) != space.sizes:
         raise ValueError(f'a network with {sizes} ops in its blocks, expected {space.sizes} as in space {space.name!r}')
     codes = codes or (SimplexNet(space, K) if K > 1 else UniformCode(1))
@@ -263,11 +263,11 @@ def load_tensors(
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{str(fname)!r} is no checkpoint of kshot: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/50_train.ipynb #ffab0e22
+# %% ../nbs/50_train.ipynb #736f4900
 def _identity(cb:KShotCallback) -> dict: # what must agree between a checkpoint and a run
     space = cb.sampler.space
     return dict(format=1, space=space.name, blocks=[list(b.choices) for b in space.blocks], K=cb.learn.model.K,
-                codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
+                track=cb.learn.model.track, codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
 
 @patch
 def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
@@ -275,7 +275,7 @@ def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
     model, opt = self.learn.model, self.learn.opt.opt
     momentum = {k: opt.state[b]['momentum_buffer'] for k,b in model.banks.items()}
     out = {f'weights/{n}': t for n,t in model.tensors().items()} | {f'momentum/{n}': t for n,t in model.tensors(momentum).items()}
-    out |= {f'codes/{n}': t for n,t in self.codes.state_dict().items()}
+    out |= {f'codes/{n}': t for n,t in self.codes.state_dict().items()} | {f'stats/{n}': t for n,t in model.net.state_dict().items()}
     adam = self.opt_codes.state_dict()['state'] if self.learns else {}
     out |= {f'adam/{i}/{k}': torch.as_tensor(v) for i,s in adam.items() for k,v in s.items()}
     if self.kept: out['kept'] = torch.stack([g for _,g in self.kept])
@@ -284,7 +284,7 @@ def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
     return out, dict(run=_identity(self), epoch=self.learn.epoch+1, n_epoch=self.learn.n_epoch,
                      sampler=self.sampler.state(), kept=[p for p,_ in self.kept])
 
-# %% ../nbs/50_train.ipynb #d1868204
+# %% ../nbs/50_train.ipynb #840c724c
 def _part(tensors, prefix): return {n.removeprefix(prefix): t for n,t in tensors.items() if n.startswith(prefix)}
 
 @patch
@@ -299,6 +299,7 @@ def load_model(self:KShotCallback,
     with torch.no_grad():
         for k,b in self.learn.model.banks.items(): b.copy_(banks[k])
     self.codes.load_state_dict(_part(tensors, 'codes/'))
+    if self.learn.model.track: self.learn.model.net.load_state_dict(_part(tensors, 'stats/'))
 
 @patch
 def load_state(self:KShotCallback,
@@ -331,7 +332,7 @@ def load_newest(
         except ValueError as e: print(f'{e}; trying the one before', file=sys.stderr)
     raise ValueError(f'folder {str(folder)!r} has no checkpoint that can be read')
 
-# %% ../nbs/50_train.ipynb #14502789
+# %% ../nbs/50_train.ipynb #27948cb8
 class CheckpointCallback(Callback):
     "Save a run after each epoch into `folder/checkpoint` and its log into `folder/log.jsonl`; or go on with what is there."
     order = 65 # the recorder and the schedule are done with the epoch
@@ -339,17 +340,18 @@ class CheckpointCallback(Callback):
         folder:FilePath,   # of the run
         resume:bool=False, # go on from the newest checkpoint? otherwise there must be none
     ):
-        self.folder, self.resume, self.log, self.start, self.broken = FilePath(folder), resume, [], 0, set()
+        self.folder, self.resume, self.log, self.start, self.broken, self.seconds = FilePath(folder), resume, [], 0, set(), 0.
         if not resume and self.files: raise ValueError(f'folder {str(folder)!r} holds a run already: resume it or choose another')
 
     @property
     def files(self) -> list[FilePath]: return sorted(self.folder.glob('checkpoint/epoch_*.safetensors')) # oldest first
 
     def before_fit(self):
+        self.began = time.time() # of what is not yet in `seconds`
         if not self.resume: return
         tensors, meta = load_newest(self.folder)
         self.learn.k_shot.load_state(tensors, meta)
-        self.log, self.start = meta['log'], meta['epoch']
+        self.log, self.start, self.seconds = meta['log'], meta['epoch'], meta['seconds']
         self.broken = {n for r in self.log for n in r.get('broken', [])}
 
     def before_epoch(self):
@@ -373,7 +375,7 @@ class CheckpointCallback(Callback):
         self.log.append(row | {f'code_{k}': v for k,v in stats.items()} | self._broken())
         self._save()
 
-# %% ../nbs/50_train.ipynb #2ab5b07a
+# %% ../nbs/50_train.ipynb #c86448ac
 def is_at_chance(
     acc:float,     # accuracy 0-1
     best:float,    # that it had
@@ -384,10 +386,13 @@ def is_at_chance(
     chance = 1/n_classes
     return best - chance > 10*math.sqrt(chance*(1-chance)/n) and acc - chance < .1*(best - chance)
 
+class TrainingStopped(ValueError):
+    "Training that can't go on: its loss is not finite, or its accuracy is back at chance."
+
 @patch
 def _stop(self:CheckpointCallback, where:str, what:str):
     kept = f'the checkpoint of epoch {self.epoch} is kept' if self.files else 'there is no checkpoint yet'
-    raise ValueError(f'training stopped in epoch {self.epoch+1}{where}: {what}; {kept}. A smaller learning rate may help')
+    raise TrainingStopped(f'training stopped in epoch {self.epoch+1}{where}: {what}; {kept}. A smaller learning rate may help')
 
 @patch
 def _check_losses(self:CheckpointCallback):
@@ -400,11 +405,12 @@ def _check_losses(self:CheckpointCallback):
 
 @patch
 def _check_accuracy(self:CheckpointCallback, acc:float):
-    "`ValueError` if the accuracy of the panel is back at chance."
+    "`ValueError` if the accuracy of the panel is back at chance; tracked statistics are no sign of it."
+    if self.learn.model.track: return
     best, n = max((r['acc_valid'] for r in self.log), default=0.), sum(gather(self.n_valid))
     if is_at_chance(acc, best, self.dls.c, n): self._stop('', f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
 
-# %% ../nbs/50_train.ipynb #45f120f2
+# %% ../nbs/50_train.ipynb #d413081b
 def broken_images(
     dls:DataLoaders, # all its loaders
 ) -> set[str]:       # names
@@ -423,7 +429,8 @@ def _save(self:CheckpointCallback):
     agree(str(sums), 'the weights of the supernets')()
     if not is_first(): return
     tensors, meta = self.learn.k_shot.state()
-    save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, {**meta, 'log': self.log})
+    self.seconds, self.began = self.seconds + time.time() - self.began, time.time()
+    save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, {**meta, 'log': self.log, 'seconds': self.seconds})
     (self.folder/'log.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in self.log))
     for old in self.files[:-2]: old.unlink()
 
