@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'CODES', 'SHARING', 'Config', 'space_of', 'parts', 'alone', 'net_args', 'cost_of', 'make_learner',
            'quick_losses']
 
-# %% ../nbs/92_config.ipynb #61a20c3a
+# %% ../nbs/92_config.ipynb #14dd8063
 from dataclasses import dataclass, fields, replace
 from functools import partial
 import numpy as np
@@ -21,7 +21,7 @@ from .sampler import UniformSampler, get_sampler
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode, width_discrimination
 from .space import Path, Space
 from .spaces import get_space
-from .train import Learner, kshot_learner
+from .train import DropPathCallback, Learner, kshot_learner
 
 # %% ../nbs/92_config.ipynb #861e97c7
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def cost_of(
         raise ValueError(f'network {config.space!r} with channels={config.channels} cannot take images {shape}: {why}') from e
     return cost
 
-# %% ../nbs/92_config.ipynb #7eb0b89a
+# %% ../nbs/92_config.ipynb #4a8dee78
 def make_learner(
     config:Config, # what to train
     shard:World=World(), # which part of every batch
@@ -177,6 +177,7 @@ def make_learner(
     learn = kshot_learner(net, space, dls, config.K, codes, _sampler(config, space, cost), wd=config.wd, even_step=config.even_step,
                           apart=config.apart, bf16=config.bf16 and dls.device.type == 'cuda', track=config.track_bn, mode=config.mode,
                           lr=config.lr_codes, warmup=config.warmup, regularise=tell_apart if config.widths and config.K > 1 else None)
+    if config.drop_path: learn.add_cb(DropPathCallback())
     if config.sampler == 'greedy': learn.k_shot.sampler.score = partial(quick_losses, learn, shard)
     return learn
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MIDDLE_OPS', 'OPS', 'conv_bn', 'Residual', 'identity', 'maxpool', 'conv3', 'mlp', 'dw5', 'relu_conv_bn', 'Zero',
            'FactorizedReduce', 'none', 'skip_connect', 'avg_pool_3x3', 'max_pool_3x3', 'nor_conv', 'sep_conv',
-           'dil_conv', 'first', 'narrow', 'squeeze', 'Narrow', 'Sliced', 'SlicedMiddle', 'inverted_residual', 'mbconv',
-           'Shuffle', 'SlicedShuffle', 'shuffle_branch', 'shuffle', 'channels', 'pool_and_classify', 'make_op']
+           'dil_conv', 'first', 'Crop', 'narrow', 'squeeze', 'Narrow', 'Sliced', 'SlicedMiddle', 'inverted_residual',
+           'mbconv', 'Shuffle', 'SlicedShuffle', 'shuffle_branch', 'shuffle', 'channels', 'pool_and_classify',
+           'make_op']
 
 # %% ../nbs/10_ops.ipynb #e6b00816
 import math
@@ -145,26 +146,60 @@ def first(
     "First channels of a tensor."
     return t if t is None else t[tuple(map(slice, sizes))]
 
-# %% ../nbs/10_ops.ipynb #25492c41
-def _narrow_bn(bn:nn.BatchNorm2d, x:Tensor) -> Tensor:
+# %% ../nbs/10_ops.ipynb #0a412a51
+class Crop(nn.Conv2d):
+    "Convolution whose kernel is the centre of another's, times a learnable matrix if it has one."
+    def __init__(self,
+        small:nn.Conv2d, # what it replaces; without bias
+        large:nn.Conv2d, # whose weight it reads: the same but for a larger kernel
+        has_matrix:bool=False, # with a `(k*k, k*k)` matrix over the kernel's places?
+    ):
+        super().__init__(small.in_channels, small.out_channels, small.kernel_size, small.stride, small.padding, small.dilation,
+                         small.groups, bias=False, device='meta')
+        self.weight = large.weight
+        self.matrix = nn.Parameter(torch.eye(math.prod(self.kernel_size))) if has_matrix else None
+
+    def kernel(self) -> Tensor: # `(c_out, c_in, k, k)`
+        "Centre of the weight, times the matrix."
+        edge = (self.weight.shape[-1] - self.kernel_size[0])//2
+        w = self.weight[..., edge:edge+self.kernel_size[0], edge:edge+self.kernel_size[1]]
+        return w if self.matrix is None else (w.flatten(2) @ self.matrix).view_as(w)
+
+    def forward(self, x:Tensor) -> Tensor: return self._conv_forward(x, self.kernel(), None)
+
+    def at(self) -> nn.Conv2d: # parameters of its own
+        "Plain convolution with the kernel as it is now."
+        with torch.device('meta'): plain = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+                                                     self.dilation, self.groups, bias=False)
+        plain.weight = nn.Parameter(self.kernel().detach().clone(), self.weight.requires_grad)
+        return plain.train(self.training)
+
+    def reset_parameters(self):
+        "The identity; the weight is the larger convolution's to draw."
+        if getattr(self, 'matrix', None) is not None: nn.init.eye_(self.matrix)
+
+# %% ../nbs/10_ops.ipynb #b47654cb
+def _narrow_bn(bn:nn.BatchNorm2d, x:Tensor, take:Callable) -> Tensor:
     is_batch, n, c = bn.training or bn.running_mean is None, bn.momentum, x.shape[1]
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if n is None: n = 1/bn.num_batches_tracked.item()
     stats = first(bn.running_mean, c), first(bn.running_var, c)
-    return F.batch_norm(x, *stats, first(bn.weight, c), first(bn.bias, c), is_batch, n or 0., bn.eps)
+    return F.batch_norm(x, *stats, take(bn.weight, c), take(bn.bias, c), is_batch, n or 0., bn.eps)
 
 def narrow(
     m:nn.Module, # of the layers that ops are made of
     x:Tensor,    # `(B, C, H, W)`, C at most what `m` takes
     c:int,       # channels that come out of its convolutions, unless they are depthwise
+    take:Callable[..., Tensor|None]=first, # channels of a weight: of `(weight, c_out, c_in)` or `(weight, c)`
 ) -> Tensor:     # `(B, c, H, W)`
-    "What a layer makes of `x` with the first channels of its weights."
-    if isinstance(m, nn.Sequential): return reduce(lambda x,layer: narrow(layer, x, c), m, x)
+    "What a layer makes of `x` with some channels of its weights."
+    if isinstance(m, nn.Sequential): return reduce(lambda x,layer: narrow(layer, x, c, take), m, x)
     if isinstance(m, nn.Conv2d):
         c, c_in, groups = (x.shape[1], 1, x.shape[1]) if m.groups > 1 else (c, x.shape[1], 1)
-        return F.conv2d(x, first(m.weight, c, c_in), first(m.bias, c), m.stride, m.padding, m.dilation, groups)
-    if isinstance(m, nn.BatchNorm2d): return _narrow_bn(m, x)
+        weight = m.kernel() if isinstance(m, Crop) else m.weight
+        return F.conv2d(x, take(weight, c, c_in), take(m.bias, c), m.stride, m.padding, m.dilation, groups)
+    if isinstance(m, nn.BatchNorm2d): return _narrow_bn(m, x, take)
     if isinstance(m, SqueezeExcitation):
         squeezed = m.activation(narrow(m.fc1, m.avgpool(x), squeeze(x.shape[1])))
         return x * m.scale_activation(narrow(m.fc2, squeezed, x.shape[1]))
@@ -176,7 +211,7 @@ def squeeze(
     "Channels that squeeze-and-excitation squeezes them to."
     return max(1, c//4)
 
-# %% ../nbs/10_ops.ipynb #0fe9d714
+# %% ../nbs/10_ops.ipynb #31878621
 class Narrow(nn.Sequential):
     "Layers that take the first channels of their weights."
     def __init__(self,
@@ -187,18 +222,25 @@ class Narrow(nn.Sequential):
         super().__init__(*plain)
         self.build, self.is_residual = build, isinstance(plain, Residual)
 
+    def taker(self,
+        *sizes:int, # channels, as in `forward`
+    ) -> Callable[..., Tensor|None]: # `take` of `narrow`
+        "What takes channels of its weights in evaluation."
+        return first
+
     def at(self,
         *sizes:int, # channels, as in `forward`
-    ) -> nn.Sequential: # parameters of its own, copied from the first channels
+    ) -> nn.Sequential: # parameters of its own, copied from the channels that evaluation takes
         "Plain layers of one width."
         with torch.device('meta'): plain = self.build(*sizes)
+        take = self.taker(*sizes)
         for m,mine in zip(plain.modules(), self.modules()):
-            m.training = mine.training
-            if isinstance(m, nn.BatchNorm2d): m.eps, m.momentum = mine.eps, mine.momentum
-            for ours,theirs in ((m._parameters, mine._parameters), (m._buffers, mine._buffers)):
-                for name,t in theirs.items():
-                    cut = t if t is None else first(t.detach(), *ours[name].shape).clone()
-                    ours[name] = nn.Parameter(cut, t.requires_grad) if isinstance(t, nn.Parameter) else cut
+            m.training, mine = mine.training, mine.at() if isinstance(mine, Crop) else mine
+            if isinstance(m, nn.BatchNorm2d): m.eps, m.momentum, m.affine = mine.eps, mine.momentum, mine.affine
+            for name,t in mine._parameters.items():
+                cut = t if t is None else take(t.detach(), *m._parameters[name].shape).clone()
+                m._parameters[name] = cut if t is None else nn.Parameter(cut, t.requires_grad)
+            for name,t in mine._buffers.items(): m._buffers[name] = t if t is None else first(t, *m._buffers[name].shape).clone()
         return plain
 
 # %% ../nbs/10_ops.ipynb #c716e260
