@@ -79,14 +79,14 @@ def _average(norms, xs, run) -> list: # what `run` returns for each batch
         for m,momentum in zip(norms, was): m.training, m.momentum = False, momentum
     return out
 
-# %% ../nbs/62_evaluate.ipynb #a643324c
+# %% ../nbs/62_evaluate.ipynb #5ad9d9ed
 @torch.no_grad()
 def score_path(
     supernet:Supernet, # trained
     path:Path,         # op index per block
     code:Tensor,       # `(K,)` or `(L, K)`
     batches:Iterable[tuple[Tensor, Tensor]], # what is scored on
-    calibration:list[tuple[Tensor, Tensor]]|None, # batches for batch norm; None: what was tracked, or else the scored batch's own statistics
+    calibration:list[tuple[Tensor, Tensor]]|None, # batches for batch norm; None: tracked statistics, or else the scored batch's own
     is_shared:bool=False, # does every rank hold a part of the batches and some of the calibration batches?
 ) -> tuple[float, float]: # accuracy 0-1, mean cross-entropy
     "Accuracy and loss of one path in a supernet."

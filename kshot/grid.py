@@ -54,12 +54,12 @@ def check_row(
     except (ValueError, TypeError) as e: raise ValueError(f'{row.name}: {e}'.replace(f'{row.name}: {row.name}: ', f'{row.name}: ')) from e
     return row
 
-# %% ../nbs/98_grid.ipynb #4b3428fd
+# %% ../nbs/98_grid.ipynb #f8ac5a58
 def _options(vary:dict) -> list[list[tuple[str, str, dict]]]: # per factor (heuristic, value, settings), the baseline first
     out = []
     for name,values in vary.items():
         if not isinstance(values, dict):
-            if not isinstance(values, Sequence) or isinstance(values, str): raise ValueError(f'{name}={values!r}, expected a list of values')
+            if not isinstance(values, Sequence) or isinstance(values, str): raise ValueError(f'{name}={values!r}, expected a list')
             values = {str(v): {name: v} for v in values}
         out.append([('', '', {}), *((name, label, settings) for label,settings in values.items())])
     return out
@@ -88,7 +88,7 @@ def make_rows(
         name = re.sub(r'[^\w.,=+-]+', '_', f'{space} {what}{"=" if value else ""}{value} K{k} seed{seed}')
         rows.append(Row(name, space, what, value, k, seed, settings))
     names = [r.name for r in rows]
-    if twice := {n for n in names if names.count(n) > 1}: raise ValueError(f'two rows are called {min(twice)}, expected values with names of their own')
+    if twice := {n for n in names if names.count(n) > 1}: raise ValueError(f'two rows are called {min(twice)}, expected different names')
     return list(map(check_row, rows))
 
 # %% ../nbs/98_grid.ipynb #affd8f25

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command', 'train', 'rank', 'search', 'retrain', 'export', 'tables', 'demo', 'main']
 
-# %% ../nbs/95_launch.ipynb #98746466
+# %% ../nbs/95_launch.ipynb #008f4385
 import argparse, json, os, sys, time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -16,14 +16,14 @@ from pathlib import Path as FilePath
 import pandas as pd
 import torch
 from fastcore.docments import docments
-from .config import Config
+from .config import Config, Sharing
 from .distributed import distributed, is_first, world
 from .report import make_report
 from .runs import (ensure_trained, environment, export_run, get_truth, rank_run, rank_scores, rank_seeds, read_run, retrain_run,
                         score_run, search_run, train_run, write_run)
 from .tables import baselines, devices, get_table, import_table, list_tables, make_table, reference, summary
 
-# %% ../nbs/95_launch.ipynb #df45224c
+# %% ../nbs/95_launch.ipynb #208ed651
 def _add_argument(parser, name, has_place, default, type, help):
     kind = getattr(type, '__args__', [type])[0] # the first of int|None
     if default is not Parameter.empty: help = f'{help or ""} (default: {"the usual one of the space" if default is None else default})'
@@ -41,7 +41,8 @@ def _parser(f:Callable, n_places:int) -> _Parser:
     for i,(n,p) in enumerate(params.items()):
         if p.kind != Parameter.VAR_KEYWORD: _add_argument(parser, n, i < n_places, p.default, p.annotation, docs.get(n))
         else:
-            for x in fields(Config): _add_argument(parser, x.name, False, x.default, x.type, docments(Config).get(x.name))
+            said = docments(Config) | docments(Sharing)
+            for x in fields(Config): _add_argument(parser, x.name, False, x.default, x.type, said.get(x.name))
     parser.add_argument('--json', action='store_true', help='print the result as one JSON object on the last line')
     return parser
 

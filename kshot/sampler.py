@@ -66,7 +66,7 @@ class RandomNASSampler(UniformSampler):
         super().__init__(space, seed, accept)
         self.drawn = replace(space, members=None) # combinations, not architectures
 
-# %% ../nbs/40_sampler.ipynb #713c29b0
+# %% ../nbs/40_sampler.ipynb #80d75212
 class FairSampler(UniformSampler):
     "As many paths a step as a block has ops, every op on exactly one; `ValueError` if blocks have unequal numbers of ops, or for `accept`."
     def __init__(self,
@@ -76,7 +76,7 @@ class FairSampler(UniformSampler):
     ):
         if accept is not None: raise ValueError('strict fairness under a budget, expected accept=None: every op is on a path of every step')
         sizes = {len(b.choices) for b in space.blocks if b.kind == 'op'}
-        if len(sizes) != 1: raise ValueError(f'space {space.name!r} with {sorted(sizes)} ops a block, expected one number for strict fairness')
+        if len(sizes) != 1: raise ValueError(f'space {space.name!r} with {sorted(sizes)} ops a block, expected one number for fairness')
         super().__init__(space, seed)
         self.n_a_step, self.has_rest = sizes.pop(), any(b.kind != 'op' for b in space.blocks)
 

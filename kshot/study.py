@@ -90,7 +90,7 @@ def run_row(
 def _result(where:FilePath) -> dict|None: # None: not done
     return read_run(where)['results'].get('row') if (where/'run.json').exists() else None
 
-# %% ../nbs/99_study.ipynb #c1cb129b
+# %% ../nbs/99_study.ipynb #8662e38c
 def study_rows(
     folder:FilePath, # of a study
 ) -> list[Row]:      # that it consists of
@@ -107,17 +107,18 @@ def begin_study(
         wanted = {r.name: r for r in rows}
         for had in study_rows(folder):
             if (r := wanted.get(had.name)) != had:
-                raise ValueError(f'folder {str(folder)!r} holds a study with {had.name} {had.settings}, expected {r and r.settings}: choose another --name')
-    elif folder.exists() and any(folder.iterdir()): raise ValueError(f'folder {str(folder)!r} is not empty and holds no study: choose another')
+                what = f'{had.name} with {had.settings}, expected {r and r.settings}'
+                raise ValueError(f'folder {str(folder)!r} holds a study of {what}: choose another --name')
+    elif folder.exists() and any(folder.iterdir()): raise ValueError(f'folder {str(folder)!r} is not empty and holds no study')
     folder.mkdir(parents=True, exist_ok=True)
     tmp = folder/f'.study.json.{os.getpid()}'
     try: tmp.write_text(json.dumps(rows)); os.replace(tmp, folder/'study.json')
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/99_study.ipynb #517dccdf
+# %% ../nbs/99_study.ipynb #687e6640
 def collect(
     folder:FilePath, # of a study
-) -> pd.DataFrame:   # columns name, space, heuristic, value, K, seed, settings (JSON), what was measured, versions; also `folder/results.parquet`
+) -> pd.DataFrame:   # `Row`'s columns (settings as JSON), what was measured, versions; also in `folder/results.parquet`
     "Table of the rows that are done; `ValueError` if the folder holds no study."
     out, words = [], ['name', 'space', 'heuristic', 'value', 'settings', 'error', 'commit', 'torch', 'device']
     for r in study_rows(folder):
@@ -130,13 +131,14 @@ def collect(
     write_parquet(frame, folder/'results.parquet')
     return frame
 
-# %% ../nbs/99_study.ipynb #43e2a010
+# %% ../nbs/99_study.ipynb #43b4c5ba
 def queue(
     folder:FilePath, # of a study
 ) -> Search:         # over a space of one block, whose choices are the rows
     "What is done, and what is in work, of a study."
     names = tuple(r.name for r in study_rows(folder))
-    return make_search(Space('study', (Block('row', names),)), storage=folder/'study.journal', name=f'{len(names)} rows', locks=folder/'locks')
+    space, name = Space('study', (Block('row', names),)), f'{len(names)} rows'
+    return make_search(space, storage=folder/'study.journal', name=name, locks=folder/'locks')
 
 def work(
     folder:FilePath, # of a study

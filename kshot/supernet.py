@@ -228,7 +228,7 @@ def from_tensors(self:Supernet,
         return _flat(tensors[s.names[0]][k])
     return {key: torch.stack([torch.cat([row(s, k) for s in slots]) for k in range(self.K)]) for key,slots in self.slots.items()}
 
-# %% ../nbs/20_supernet.ipynb #6c3897fe
+# %% ../nbs/20_supernet.ipynb #5bbaf2c6
 def fresh_stats(
     supernet:Supernet, # knows its batch norms
     path:Path,         # op index per block
@@ -247,7 +247,7 @@ def fresh_stats(
 def subnet(self:Supernet,
     path:Path,   # op index per block
     code:Tensor, # `(K,)` or `(L, K)`
-    stats:dict[str, Tensor]|None=None, # batch-norm statistics, as `kshot.evaluate.recalibrate_bn` returns them; None: what was tracked, or else fresh ones
+    stats:dict[str, Tensor]|None=None, # of batch norms, as `kshot.evaluate.recalibrate_bn` returns them; None: tracked ones, or fresh
 ) -> fx.GraphModule: # `forward(x)`
     "Plain module of one path with weights of its own; its batch norms track statistics as usual."
     for m in self.net.modules():

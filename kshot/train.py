@@ -417,7 +417,7 @@ def _check_accuracy(self:CheckpointCallback, acc:float):
     best, n = max((r['acc_valid'] for r in self.log), default=0.), sum(gather(self.n_valid))
     if is_at_chance(acc, best, self.dls.c, n): self._stop('', f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
 
-# %% ../nbs/50_train.ipynb #d413081b
+# %% ../nbs/50_train.ipynb #0bbce040
 def broken_images(
     dls:DataLoaders, # all its loaders
 ) -> set[str]:       # names
@@ -437,7 +437,8 @@ def _save(self:CheckpointCallback):
     if not is_first(): return
     tensors, meta = self.learn.k_shot.state()
     self.seconds, self.began = self.seconds + time.time() - self.began, time.time()
-    save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, {**meta, 'log': self.log, 'seconds': self.seconds})
+    about = dict(log=self.log, seconds=self.seconds)
+    save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, meta | about)
     (self.folder/'log.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in self.log))
     for old in self.files[:-2]: old.unlink()
 
