@@ -56,7 +56,7 @@ def measured(
     return dict(macs=counter.get_total_flops()//2, n_params=count_params(module), latency_ms=latency_ms(module, x_shape, device, bs),
                 latency_device=name, latency_threads=torch.get_num_threads(), latency_bs=bs)
 
-# %% ../nbs/65_export.ipynb #530670e8
+# %% ../nbs/65_export.ipynb #f53944c1
 def _write(fname:FilePath, data:bytes): # whole or not at all
     fname = FilePath(fname)
     tmp = fname.with_name(f'.{fname.name}.{os.getpid()}')
@@ -68,7 +68,7 @@ def _write(fname:FilePath, data:bytes): # whole or not at all
         raise ValueError(f'{str(fname)!r} cannot be written: {e.strerror}') from e
 
 def _network(about:dict) -> dict: # the part of `about` that a network is built from
-    try: return json.loads(json.dumps({k: about[k] for k in ('space', *list(signature(get_net).parameters)[1:], 'path')}))
+    try: return json.loads(json.dumps({k: about[k] for k in ('space', *list(signature(get_net).parameters)[1:-1], 'path')})) # alone
     except KeyError as e: raise ValueError(f'a subnet without {e}, expected what get_net was called with, and the path') from e
 
 def build_subnet(

@@ -181,7 +181,7 @@ def check_sharing(
         raise ValueError(f"wsbn and op_on='edge' for space {name!r}, expected one of them: an op on an edge has one input")
     return found
 
-# %% ../nbs/15_networks.ipynb #98a903d3
+# %% ../nbs/15_networks.ipynb #544a320a
 def _share(net, name, channelling='fixed', kernel='own', wsbn=False, drop_path=0., dropout=0., op_on='', affine=True):
     space = get_space(name) # widths are not shared otherwise
     if channelling == 'disjoint': net.split('width', net.of_width)
@@ -200,7 +200,7 @@ def _share(net, name, channelling='fixed', kernel='own', wsbn=False, drop_path=0
     if drop_path:
         layers = getattr(net, 'layers', None) or [f'blocks.{l}' for l in range(len(net.blocks))]
         names = [n for (l,_),ns in op_modules(net).items() if space.blocks[l].kind == 'op' for n in ns]
-        drop_paths(net, [[n for n in names if n.startswith(f'{layer}.')] for layer in layers], drop_path)
+        drop_paths(net, [[n for n in names if n.startswith(f'{layer}.')] for layer in layers], drop_path, name in CHAINS)
     for m in net.modules():
         if isinstance(m, nn.Dropout): m.p = dropout
     return net

@@ -6,7 +6,7 @@
 __all__ = ['DropPath', 'set_drop_path', 'drop_paths', 'drop_affine', 'share_kernels', 'pick', 'Channelled', 'Variants', 'variant',
            'fresh', 'own_norms', 'SplitNet', 'tie']
 
-# %% ../nbs/12_sharing.ipynb #8a4771f1
+# %% ../nbs/12_sharing.ipynb #9b52d3c7
 import copy, re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
-from .ops import Crop, Residual, Sliced, SlicedMiddle, Zero, narrow
+from .ops import Crop, Residual, Sliced, Zero, narrow
 from .space import Block
 
 # %% ../nbs/12_sharing.ipynb #bc6f85f7
@@ -38,18 +38,19 @@ def set_drop_path(
     for m in net.modules():
         if isinstance(m, DropPath): m.p = m.rate*share
 
-# %% ../nbs/12_sharing.ipynb #d6c414f5
+# %% ../nbs/12_sharing.ipynb #7afa5769
 def drop_paths(
     net:nn.Module, # changed in place
     layers:Sequence[Iterable[str]], # names of the op modules of each layer, first to last
     rate:float,    # of the last layer, 0-1
+    is_chain:bool, # is an op all that leads on, unless it is a residual?
 ):
     "Let ops drop their output; a layer before the last has a smaller rate."
     for i,names in enumerate(layers):
         for name in names:
             op, drop = net.get_submodule(name), DropPath(rate*(i+1)/len(layers))
-            if isinstance(op, (nn.Identity, Zero)): continue
-            if isinstance(op, Residual | SlicedMiddle): op[-1].append(drop)
+            if isinstance(op, Residual) or getattr(op, 'is_residual', False): op[-1].append(drop)
+            elif is_chain or isinstance(op, nn.Identity | Zero): continue
             elif isinstance(op, nn.Sequential): op.append(drop)
             else: net.set_submodule(name, nn.Sequential(op, drop))
 
@@ -84,7 +85,7 @@ def share_kernels(
                 for name,p in zip(names, parts):
                     if size(p[part]) < size(large): net.set_submodule(f'{name}.{part}', Crop(p[part], large, has_matrix))
 
-# %% ../nbs/12_sharing.ipynb #ee85eb0b
+# %% ../nbs/12_sharing.ipynb #17ebad67
 def pick(
     how:str,   # random, shuffled or interpolated; else fixed
     n:int,     # channels there are
@@ -112,7 +113,12 @@ class Channelled(Sliced):
         nn.Sequential.__init__(self, *sliced)
         self.build, self.is_residual, self.how = sliced.build, False, how
 
-    def taker(self, c_in:int, c_out:int, is_random:bool=False) -> Callable[..., Tensor|None]:
+    def taker(self,
+        c_in:int,  # channels that come in
+        c_out:int, # channels that come out
+        is_random:bool=False, # as in `pick`
+    ) -> Callable[..., Tensor|None]: # `take` of `narrow`
+        "What takes the channels of all its weights at one call."
         picks = pick(self.how, self[0].out_channels, c_out, is_random), pick(self.how, self[0].in_channels, c_in, is_random)
         def take(t, *_):
             for dim,p in enumerate(picks[:0 if t is None else t.ndim]): t = p(t, dim)
