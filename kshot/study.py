@@ -131,7 +131,7 @@ def collect(
     write_parquet(frame, folder/'results.parquet')
     return frame
 
-# %% ../nbs/99_study.ipynb #43b4c5ba
+# %% ../nbs/99_study.ipynb #c2122397
 def queue(
     folder:FilePath, # of a study
 ) -> Search:         # over a space of one block, whose choices are the rows
@@ -168,10 +168,11 @@ def run_study(
     if n == 1: work(folder, progress); return collect(folder)
     with ProcessPoolExecutor(n, mp_context=get_context('spawn')) as pool, redirect_stdout(sys.stderr):
         helpers = [pool.submit(_helper, folder, max(1, os.cpu_count()//n)) for _ in range(n)]
-        bar, left = progress_bar(range(len(rows))) if progress else None, helpers
+        left, n_done = helpers, lambda: sum(_result(folder/r.name) is not None for r in rows)
+        if progress: (bar := progress_bar(range(len(rows)))).update(0)
         while left:
             left = wait_for(left, timeout=2).not_done
-            if bar: bar.update(sum(_result(folder/r.name) is not None for r in rows))
+            if progress: bar.update(n_done())
     for h in helpers: h.result()
     return collect(folder)
 

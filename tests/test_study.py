@@ -13,11 +13,10 @@ TOML = """
 K = [1, 2]
 seeds = 2
 [digits]
-epochs = 3
-passes = 4
+epochs = 2
+passes = 1
 channels = 4
-n_paths = 40
-vary.lr = [0.01]
+n_paths = 20
 vary.sampler = ["fair"]
 """
 
@@ -42,21 +41,21 @@ def test_killed_and_resumed(tmp_path, toml):
     folder = tmp_path/'s'
     first = start(tmp_path, toml, '--workers', '2')
     deadline = time.monotonic() + 240
-    while len(done(folder) if folder.exists() else {}) < 3 and first.poll() is None and time.monotonic() < deadline: os.sched_yield()
+    while len(done(folder) if folder.exists() else {}) < 2 and first.poll() is None and time.monotonic() < deadline: os.sched_yield()
     os.kill(first.pid, signal.SIGKILL) # its workers notice by themselves
     first.communicate()
     before = done(folder)
-    assert 3 <= len(before) < 12 and not (folder/'results.parquet').exists()
+    assert 2 <= len(before) < 8 and not (folder/'results.parquet').exists()
     result = finish(start(tmp_path, '--resume', '--workers', '1'))
-    assert result['rows'] == result['done'] == 12 and result['failed'] == 0
+    assert result['rows'] == result['done'] == 8 and result['failed'] == 0
     after = done(folder)
-    assert len(after) == 12
+    assert len(after) == 8
     for name,kept in before.items(): assert after[name] == kept # finished rows were not touched
     frame = pd.read_parquet(folder/'results.parquet')
-    assert len(frame) == frame.name.nunique() == 12 and frame[['acc_super', 'tau', 'tau_loss', 'updates']].notna().all(None)
+    assert len(frame) == frame.name.nunique() == 8 and frame[['acc_super', 'tau', 'tau_loss', 'updates']].notna().all(axis=None)
     assert (folder/'report.html').stat().st_size > 1e6
-    assert {(e['heuristic'], e['K'], e['n']) for e in result['effects']} == {(h, k, 2) for h in ('lr', 'sampler') for k in (1, 2)}
-    assert finish(start(tmp_path, toml))['effects'] == result['effects'] # asking again computes nothing
+    assert {(e['heuristic'], e['K'], e['n']) for e in result['effects']} == {(h, k, 2) for h in ('sampler',) for k in (1, 2)}
+    assert finish(start(tmp_path, toml, '--workers', '1'))['effects'] == result['effects'] # asking again computes nothing
     assert done(folder) == after
 
 def test_two_machines_share_the_rows(tmp_path, toml):
@@ -64,14 +63,14 @@ def test_two_machines_share_the_rows(tmp_path, toml):
     folder = tmp_path/'s'
     both = [start(tmp_path, toml, '--workers', '1') for _ in range(2)]
     for p in both: finish(p)
-    assert len(done(folder)) == 12
+    assert len(done(folder)) == 8
     for name in done(folder):
         log = (folder/name/'log.jsonl').read_text().splitlines()
-        assert [json.loads(l)['epoch'] for l in log] == [1, 2, 3]
+        assert [json.loads(l)['epoch'] for l in log] == [1, 2]
     frame = pd.read_parquet(folder/'results.parquet')
     assert len(frame) == frame.name.nunique() # whoever ended last wrote what was done by then
     again = finish(start(tmp_path, '--resume', '--workers', '1'))
-    assert again['done'] == 12
+    assert again['done'] == 8
 
 def test_errors(tmp_path, toml):
     def fails(*args):
