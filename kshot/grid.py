@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['SCORING', 'Row', 'split_settings', 'check_row', 'make_rows', 'heuristics', 'read_study']
 
-# %% ../nbs/98_grid.ipynb #bdbf78d6
-import itertools, re, tomllib
-from collections.abc import Sequence
-from dataclasses import fields
+# %% ../nbs/98_grid.ipynb #81ffdabb
+import itertools, math, re, tomllib
+from collections import Counter
+from dataclasses import fields, replace
+from functools import cache
 from inspect import signature
 from pathlib import Path as FilePath
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 import torch
-from .config import Config, net_args, space_of
+from .config import Config, check_config, net_args, space_of
 from .networks import APPLIES, CHAINS, NETS, get_net
 from .sampler import get_sampler
 
-# %% ../nbs/98_grid.ipynb #2b576130
+# %% ../nbs/98_grid.ipynb #eba6f39d
 SCORING = dict( # settings of a row that are not its training's, as in `kshot_rank`
     n_calibration=4, n_paths=200, table=None, table_data=None, table_split=None, table_epochs=None)
-_TRAINING = {f.name for f in fields(Config)} - {'K', 'seed'}
+_KINDS = {f.name: get_args(f.type) or (f.type,) for f in fields(Config) if f.name not in ('K', 'seed')} | {
+    k: (str, type(None)) if v is None else (type(v),) for k,v in SCORING.items()} | dict(table_epochs=(int, type(None)))
 
 class Row(NamedTuple):
     "One run of a study."
@@ -32,40 +34,55 @@ class Row(NamedTuple):
     seed:int      # of everything random
     settings:dict # by name, the baseline's included
 
-# %% ../nbs/98_grid.ipynb #1a44091f
+# %% ../nbs/98_grid.ipynb #03510c08
 def split_settings(
     row:Row, # of a study
 ) -> tuple[Config, dict]: # what is trained, how it is scored
-    "Settings of a row by their use; `ValueError` for a name that is none."
-    known = sorted(_TRAINING | set(SCORING))
-    for k in row.settings:
-        if k not in known: raise ValueError(f'{row.name}: setting {k!r}, expected one of {", ".join(known)}')
-    training = {k: v for k,v in row.settings.items() if k in _TRAINING}
-    return Config(**training, K=row.K, seed=row.seed), SCORING | {k: v for k,v in row.settings.items() if k in SCORING}
+    "Settings of a row by their use; `ValueError` for a name that is none or a value of another kind."
+    for k,v in row.settings.items():
+        if k not in _KINDS: raise ValueError(f'setting {k!r}, expected one of {", ".join(sorted(_KINDS))}')
+        if not (type(v) in _KINDS[k] or type(v) is int and float in _KINDS[k]):
+            raise ValueError(f'{k}={v!r}, expected {" or ".join(t.__name__ for t in _KINDS[k])}')
+    scoring = {k: v for k,v in row.settings.items() if k in SCORING}
+    return Config(**{k: v for k,v in row.settings.items() if k not in SCORING}, K=row.K, seed=row.seed), SCORING | scoring
+
+@cache
+def _check_settings(config:Config):
+    check_config(config, space := space_of(config))
+    with torch.device('meta'): get_net(**net_args(config, n_classes=10))
+    get_sampler(config.sampler, space, accept=(lambda p: True) if config.max_macs else None)
 
 def check_row(
     row:Row, # of a study
 ) -> Row:    # the same
     "A row that can run, as far as can be told without data; `ValueError` with its name otherwise."
     try:
-        config, _ = split_settings(row)
-        with torch.device('meta'): get_net(**net_args(config, n_classes=10))
-        get_sampler(config.sampler, space_of(config))
-    except (ValueError, TypeError) as e: raise ValueError(f'{row.name}: {e}'.replace(f'{row.name}: {row.name}: ', f'{row.name}: ')) from e
+        if len(row.name) > 200: raise ValueError('a name of more than 200 characters, expected shorter values')
+        if row.seed < 0: raise ValueError(f'seed {row.seed}, expected at least 0')
+        config, how = split_settings(row)
+        if how['n_paths'] < 0 or how['n_paths'] == 1: raise ValueError(f'n_paths={how["n_paths"]}, expected at least 2, or 0 for all')
+        if how['n_calibration'] < 0: raise ValueError(f'n_calibration={how["n_calibration"]}, expected at least 0')
+        _check_settings(replace(config, seed=0))
+    except ValueError as e: raise ValueError(f'{row.name}: {e}') from e
     return row
 
-# %% ../nbs/98_grid.ipynb #f8ac5a58
+# %% ../nbs/98_grid.ipynb #8f91ec1b
 def _options(vary:dict) -> list[list[tuple[str, str, dict]]]: # per factor (heuristic, value, settings), the baseline first
     out = []
     for name,values in vary.items():
-        if not isinstance(values, dict):
-            if not isinstance(values, Sequence) or isinstance(values, str): raise ValueError(f'{name}={values!r}, expected a list')
-            values = {str(v): {name: v} for v in values}
+        if isinstance(values, list | tuple): values = {str(v): {name: v} for v in values}
+        if not isinstance(values, dict) or not all(isinstance(s, dict) for s in values.values()):
+            raise ValueError(f'{name}={values!r}, expected a list of values, or settings by value')
+        if name == 'baseline': raise ValueError("a factor called 'baseline', expected another name")
         out.append([('', '', {}), *((name, label, settings) for label,settings in values.items())])
     return out
 
 def _combinations(options:list, design:str) -> list[tuple]:
-    if design == 'full': return list(itertools.product(*options))
+    if design == 'full':
+        for a,b in itertools.combinations(options, 2):
+            if both := {k for _,_,s in a for k in s} & {k for _,_,s in b for k in s}:
+                raise ValueError(f'{a[1][0]!r} and {b[1][0]!r} both set {min(both)}, expected factors of their own in a full design')
+        return list(itertools.product(*options))
     if design != 'one': raise ValueError(f"design {design!r}, expected 'one' or 'full'")
     base = tuple(o[0] for o in options)
     return [base] + [(*base[:i], o, *base[i+1:]) for i,factor in enumerate(options) for o in factor[1:]]
@@ -73,27 +90,34 @@ def _combinations(options:list, design:str) -> list[tuple]:
 def make_rows(
     baseline:dict,  # settings by name
     vary:dict|None=None, # factor -> list of values, or value -> settings; None: `heuristics` of the baseline
-    K:Sequence[int]=(1, 4), # numbers of supernets
-    seeds:int|Sequence[int]=3, # or that many, from 0
+    K:list[int]=(1, 4), # numbers of supernets
+    seeds:int|list[int]=3, # or that many, from 0
     design:str='one', # 'one' factor at a time, or 'full': all combinations
     space:str='',   # what the baseline is called; '': as its space
 ) -> list[Row]:     # baseline first, then factor by factor; seeds are the outermost, so that early results compare
-    "Rows of one baseline; `ValueError` as in `check_row`, or if two rows have one name."
+    "Rows of one baseline; `ValueError` as in `check_row`, if two rows have one name, and if there are none."
     space, rows = space or baseline.get('space', 'digits'), []
+    if type(seeds) is int: seeds = list(range(seeds))
+    for k,v in dict(K=K, seeds=seeds).items():
+        if not (isinstance(v, list | tuple) and v and all(type(i) is int for i in v)):
+            raise ValueError(f'{k}={v!r}, expected whole numbers')
     combinations = _combinations(_options(heuristics(baseline) if vary is None else vary), design)
-    for seed,changes,k in itertools.product(range(seeds) if isinstance(seeds, int) else seeds, combinations, K):
+    for seed,changes,k in itertools.product(seeds, combinations, K):
         changed = [c for c in changes if c[0]]
         what, value = ' x '.join(c[0] for c in changed) or 'baseline', ', '.join(c[1] for c in changed)
         settings = baseline | {s: v for c in changed for s,v in c[2].items()}
         name = re.sub(r'[^\w.,=+-]+', '_', f'{space} {what}{"=" if value else ""}{value} K{k} seed{seed}')
         rows.append(Row(name, space, what, value, k, seed, settings))
-    names = [r.name for r in rows]
-    if twice := {n for n in names if names.count(n) > 1}: raise ValueError(f'two rows are called {min(twice)}, expected different names')
-    return list(map(check_row, rows))
+    return _distinct(list(map(check_row, rows)))
 
-# %% ../nbs/98_grid.ipynb #affd8f25
-def _factors(config:Config, key:str, usual:float, *by:float) -> dict: # label -> settings
-    values = [type(usual)(f'{usual*f:.2g}') if isinstance(usual, float) else max(1, round(usual*f)) for f in by]
+def _distinct(rows:list[Row]) -> list[Row]:
+    name, n = Counter(r.name for r in rows).most_common(1)[0]
+    if n > 1: raise ValueError(f'two rows are called {name}, expected different names')
+    return rows
+
+# %% ../nbs/98_grid.ipynb #81254ada
+def _factors(key:str, usual:float, *by:float) -> dict: # label -> settings
+    values = [float(f'{usual*f:.2g}') if float in _KINDS[key] else max(1, round(usual*f)) for f in by]
     return {f'{v:g}': {key: v} for v in values if v != usual}
 
 def _size(config:Config, key:str, name:str) -> int: # that a network has, also where the benchmark says it
@@ -102,36 +126,40 @@ def _size(config:Config, key:str, name:str) -> int: # that a network has, also w
 def _sampling(config:Config) -> dict:
     space = space_of(config)
     n = get_sampler('fair', space).n_a_step
-    fewer = dict(passes=config.passes//n) if config.passes%n == 0 else dict(epochs=max(1, round(config.epochs/n)))
+    from_passes = math.gcd(n, config.passes)
+    fewer = dict(passes=config.passes//from_passes, epochs=max(1, round(config.epochs*from_passes/n)))
     out = {'FairNAS': dict(sampler='fair') | fewer, 'FairNAS, equal steps': dict(sampler='fair')}
     return out | ({'Random-NAS': dict(sampler='random_nas')} if space.members is not None else {})
 
-# %% ../nbs/98_grid.ipynb #ed01c76f
+# %% ../nbs/98_grid.ipynb #fc4e11f2
 _MAPPING = { # heuristic -> option of the network, its values
     'dynamic channelling': ('channelling', dict.fromkeys(('random', 'shuffled', 'interpolated', 'disjoint'))),
     'OFA kernel': ('kernel', dict.fromkeys(('crop', 'transform'))), 'WSBN': ('wsbn', {'on': True}),
     'path dropout': ('drop_path', {'0.1': .1, '0.3': .3}), 'global dropout': ('dropout', {'0.2': .2, '0.5': .5}),
     'op on node or edge': ('op_on', dict.fromkeys(('node', 'edge')))}
+_N_TRAIN = {'digits': 800, 'cifar10': 50_000, 'cifar100': 50_000} # images of a set's training split
 
 def heuristics(
     baseline:dict, # settings by name
 ) -> dict:         # heuristic -> value -> settings
     "The 14 heuristics around a baseline, those that its space has."
-    c = Config(**{k: v for k,v in baseline.items() if k in _TRAINING})
+    c, how = split_settings(Row('baseline', '', '', '', 1, 0, baseline))
     has = lambda key, v: c.space in APPLIES[key] and v != (dict(nb201='edge', nb101='node').get(c.space) if key == 'op_on' else None)
     out = {name: {label: {key: v or label} for label,v in values.items() if has(key, v or label)} for name,(key,values) in _MAPPING.items()}
-    if c.space not in CHAINS: out['layers'] = _factors(c, 'n_cells', _size(c, 'n_cells', 'n_cells'), .5, 2)
-    n_train = c.n_train or (800 if c.data == 'digits' else 0)
-    half = dict(n_train=n_train//2) if n_train else dict(portion=(c.portion or 1)/2)
-    out |= {'train portion': {'half': half | dict(passes=2*c.passes)}, 'batch size': _factors(c, 'bs', c.bs, .5, 2),
-            'channels': _factors(c, 'channels', _size(c, 'channels', 'c'), .5, 2),
+    if c.space not in CHAINS: out['layers'] = _factors('n_cells', _size(c, 'n_cells', 'n_cells'), .5, 2)
+    n_train = c.n_train or _N_TRAIN.get(c.data, 0)*(c.portion or 1) # without a word on those that validate
+    out |= {'train portion': {'half': dict(n_train=int(n_train)//2, passes=2*c.passes)} if n_train else {},
+            'batch size': _factors('bs', c.bs, .5, 2), 'channels': _factors('channels', _size(c, 'channels', 'c'), .5, 2),
             'batch norm': {"batch's statistics": dict(n_calibration=0), 'tracked': dict(track_bn=True, n_calibration=0),
                            'not affine': dict(affine=False)},
-            'learning rate': _factors(c, 'lr', c.lr, .2, .5, 2., 5.), 'epochs': _factors(c, 'epochs', c.epochs, .25, .5, 2),
-            'weight decay': {'0': dict(wd=0.)} | _factors(c, 'wd', c.wd, .2, 5.), 'path sampling': _sampling(c)}
+            'learning rate': _factors('lr', c.lr, .2, .5, 2., 5.), 'epochs': _factors('epochs', c.epochs, .25, .5, 2),
+            'weight decay': {'0': dict(wd=0.)} | _factors('wd', c.wd, .2, 5.), 'path sampling': _sampling(c)}
+    as_it_is = vars(c) | how
+    new = lambda settings: {k: v for k,v in settings.items() if as_it_is[k] != v}
+    out = {k: {label: new(s) for label,s in v.items() if new(s)} for k,v in out.items()}
     return {k: v for k,v in out.items() if v}
 
-# %% ../nbs/98_grid.ipynb #d3c598a9
+# %% ../nbs/98_grid.ipynb #22188abc
 def read_study(
     source:FilePath|str, # a TOML file, or the name of a space, with its usual training and the fourteen heuristics
 ) -> list[Row]:          # of all its baselines
@@ -146,4 +174,6 @@ def read_study(
     if not (tables := {k: dict(space=k) | v for k,v in said.items() if isinstance(v, dict)}):
         raise ValueError(f'{str(source)!r} has no table, expected one for each baseline')
     vary = {k: t.pop('vary', None) for k,t in tables.items()}
-    return [r for k,t in tables.items() for r in make_rows(t, vary[k], **how, space=k)]
+    for k,v in vary.items():
+        if not isinstance(v, dict | None): raise ValueError(f'{str(source)!r}: {k}.vary={v!r}, expected a table')
+    return _distinct([r for k,t in tables.items() for r in make_rows(t, vary[k], **how, space=k)])

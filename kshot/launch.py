@@ -113,7 +113,7 @@ def train(
     result = read_run(folder)['results']['train']
     return result, f'{folder}: epoch {result["epoch"]}, loss {result["loss"]:.3f}, accuracy of up to 16 paths {result["acc_valid"]:.3f}'
 
-# %% ../nbs/95_launch.ipynb #de873b9b
+# %% ../nbs/95_launch.ipynb #d85b8621
 @command
 def rank(
     name:str='run',      # of the experiment, or of a run that is trained already (its own arguments hold)
@@ -124,7 +124,7 @@ def rank(
     table_epochs:int|None=None, # epochs of stand-alone training
     n_paths:int=0,       # that are scored, drawn from the table's; 0: all
     seeds:int=1,         # trainings, with seeds from --seed on
-    n_calibration:int=4, # training batches for batch norm; 0: statistics of the scored batch itself
+    n_calibration:int=4, # training batches for batch norm; 0: tracked statistics, or else the scored batch's own
     bf16_scores:bool=False, # score in bfloat16
     **config,
 ):
@@ -150,7 +150,7 @@ def _rank_text(frame:pd.DataFrame) -> str:
 
 def _table_text(frame:pd.DataFrame) -> str: return frame.round(3).to_string(index=False)
 
-# %% ../nbs/95_launch.ipynb #7d8a5450
+# %% ../nbs/95_launch.ipynb #75e30344
 @command
 def search(
     name:str='run',      # of a trained run
@@ -162,7 +162,7 @@ def search(
     latency_ms:float=0,  # largest latency on --device; 0: no limit
     device:str='',       # one with a latency table (kshot_tables show lists them)
     seed:int=0,          # of the search
-    n_calibration:int=4, # training batches for batch norm
+    n_calibration:int=4, # training batches for batch norm; 0: as in kshot_rank
     storage:str='',      # URL of a database that workers on several machines share; nothing: a journal in the run's folder
 ):
     "Search a trained run for its best path. The same command goes on with a search that was interrupted; several may work on one."

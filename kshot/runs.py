@@ -80,7 +80,7 @@ def add_result(
     write_run(folder, record)
     return result
 
-# %% ../nbs/93_runs.ipynb #b753114e
+# %% ../nbs/93_runs.ipynb #68c4bb8d
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
@@ -91,12 +91,14 @@ def train_run(
     "Train K-shot supernets into a folder; `ValueError` if it holds a run already, or on resuming if it holds none or another."
     folder = FilePath(folder)
     if resume: config = _config(folder)
-    elif folder.exists() and any(folder.iterdir()): raise ValueError(f'folder {str(folder)!r} is not empty: resume it or choose another')
+    elif folder.exists() and any(f.name[0] != '.' for f in folder.iterdir()): # but for what a killed process was writing
+        raise ValueError(f'folder {str(folder)!r} is not empty: resume it or choose another')
     with distributed() as shard, plain_errors(), ExitStack() as stack:
         learn = make_learner(config, shard)
         cb = CheckpointCallback(folder, resume=resume and any(folder.glob('checkpoint/*')))
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
-        if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
+        record = read_run(folder) if resume else dict(config=asdict(config), **environment(), results={}, seconds={}, starts=0)
+        write_run(folder, record | dict(starts=record['starts']+1))
         if not (progress and is_first()): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
         is_whole = len(cb.log) == config.epochs or getattr(learn.k_shot.sampler, 'is_done', False)
@@ -142,11 +144,11 @@ def ensure_trained(
     begun = _is_of(folder, config)
     if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun, progress=progress)
 
-# %% ../nbs/93_runs.ipynb #e3f9da30
+# %% ../nbs/93_runs.ipynb #38a3172b
 def score_run(
     folder:FilePath,     # of a run
     paths:list[str]|None=None, # formatted; None: every path of the space
-    n_calibration:int=4, # training batches for batch norm; 0: statistics of the scored batch itself
+    n_calibration:int=4, # training batches for batch norm; 0: tracked statistics, or else the scored batch's own
     bf16:bool=False,     # score in bfloat16?
     progress:bool=False, # show a bar?
 ) -> pd.DataFrame:       # columns path, acc_super, loss_super, macs, n_params, K, seed; also in `folder/scores.parquet`
@@ -265,7 +267,7 @@ def rank_seeds(
     agree('done', 'the end')()
     return frame
 
-# %% ../nbs/93_runs.ipynb #7acc4dc9
+# %% ../nbs/93_runs.ipynb #7e8df47f
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
@@ -280,7 +282,7 @@ def search_run(
     "Search a trained run for the best path under budgets; one that is stopped has no result yet. `ValueError` as in `kshot.search`."
     started, folder, budgets = time.time(), FilePath(folder), {k: v for k,v in (budgets or {}).items() if v is not None}
     config, learn = load_run(folder)
-    space, codes, batches = space_of(config), learn.k_shot.codes, learn.dls.train.fixed(n_calibration)
+    space, codes, batches = space_of(config), learn.k_shot.codes, learn.dls.train.fixed(n_calibration) if n_calibration else None
     cost = cost_of(config, learn.dls)
     if 'latency_ms' in budgets and not device:
         raise ValueError(f'a budget of {budgets["latency_ms"]} ms, expected also the device that it is for')

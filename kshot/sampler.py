@@ -55,7 +55,10 @@ def load_state(self:UniformSampler,
         raise ValueError(f"state of sampler {state.get('sampler')!r}, expected {type(self).__name__!r}")
     self.rng.bit_generator.state = state['rng']
 
-# %% ../nbs/40_sampler.ipynb #0be74c48
+# %% ../nbs/40_sampler.ipynb #7c6f1a56
+def _pruned(space:Space, path:Path) -> Path: # where several paths are one architecture, the one that its string says
+    return path if space.members is None else space.parse(space.native(path))
+
 class RandomNASSampler(UniformSampler):
     "One path a step from decisions taken at random, block by block, until the space's rule is met (Random-NAS)."
     def __init__(self,
@@ -66,7 +69,11 @@ class RandomNASSampler(UniformSampler):
         super().__init__(space, seed, accept)
         self.drawn = replace(space, members=None) # combinations, not architectures
 
-# %% ../nbs/40_sampler.ipynb #80d75212
+    def draw(self) -> Path:
+        "A path that is accepted, without dead choices; `ValueError` as in `UniformSampler`."
+        return _pruned(self.space, super().draw())
+
+# %% ../nbs/40_sampler.ipynb #f1b747ae
 class FairSampler(UniformSampler):
     "As many paths a step as a block has ops, every op on exactly one; `ValueError` if blocks have unequal numbers of ops, or for `accept`."
     def __init__(self,
@@ -89,7 +96,7 @@ class FairSampler(UniformSampler):
             columns = [self.rng.permutation(self.n_a_step).tolist() if b.kind == 'op' else [rest[l]]*self.n_a_step
                        for l,b in enumerate(self.space.blocks)]
             paths = list(zip(*columns)) # a column a block
-            if self.space.is_valid is None or all(map(self.space.is_valid, paths)): return paths
+            if self.space.is_valid is None or all(map(self.space.is_valid, paths)): return [_pruned(self.space, p) for p in paths]
         raise ValueError(f'{REFUSALS:,} permutations in a row break the rule of space {self.space.name!r}, expected one that does not')
 
 # %% ../nbs/40_sampler.ipynb #83e40d40
