@@ -6,7 +6,7 @@
 __all__ = ['N_KEPT', 'METRICS', 'ranking', 'measure', 'run_row', 'study_rows', 'begin_study', 'collect', 'queue', 'work',
            'run_study', 'report_study', 'study']
 
-# %% ../nbs/99_study.ipynb #d19cdff3
+# %% ../nbs/99_study.ipynb #0a7aab50
 import json, math, os, signal, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -22,7 +22,7 @@ from .config import Config, space_of
 from .distributed import world
 from .effects import effects, flips, plot_effects, plot_heuristic, plot_metrics, summary
 from .grid import Row, read_study, split_settings
-from .launch import command
+from .launch import command, set_threads
 from .page import write_report
 from .rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
 from .runs import add_result, ensure_trained, environment, get_truth, read_run, score_run, write_run
@@ -144,7 +144,7 @@ def collect(
         write_parquet(frame, folder/'results.parquet')
     return frame
 
-# %% ../nbs/99_study.ipynb #277669ed
+# %% ../nbs/99_study.ipynb #834c44ca
 def queue(
     folder:FilePath, # of a study
 ) -> Search:         # over a space of one block, whose choices are the rows
@@ -156,15 +156,16 @@ def queue(
 def work(
     folder:FilePath, # of a study
     progress:bool=False, # show a bar?
-    threads:int=0,   # of torch; 0: as they are
+    threads:int=0,   # of torch; 0: as the first row has it in `kshot_train`
 ):
     "Do rows of a study until none is left that nobody works on."
-    if threads: torch.set_num_threads(threads)
     rows = study_rows(folder)
+    if threads: torch.set_num_threads(threads)
+    else: set_threads(**rows[0].settings)
     is_done = lambda path: 1. if run_row(rows[path[0]], folder) else 0. # a number, as a search wants it
     queue(folder).run(is_done, len(rows), 'exhaustive', progress=progress)
 
-# %% ../nbs/99_study.ipynb #8a31d4a7
+# %% ../nbs/99_study.ipynb #086797ed
 def _helper(folder:FilePath, i:int, threads:int): # one of several processes on this machine
     signal.signal(signal.SIGINT, signal.SIG_IGN) # who started it ends it
     end = lambda: (wait([parent_process().sentinel]), os._exit(1)) # a killed parent leaves nobody behind
@@ -192,7 +193,7 @@ def run_study(
     finally:
         for h in helpers: h.terminate(); h.join() # those that are still there: we were interrupted
     frame, bad = collect(folder), [h.exitcode for h in helpers if h.exitcode]
-    if bad: raise ValueError(f'{len(bad)} of {n} workers ended with code {bad[0]}: {len(frame)} of {len(rows)} rows are done, resume the rest')
+    if bad: raise ValueError(f'{len(bad)} workers ended with code {bad[0]}, {len(frame)} of {len(rows)} rows are done: resume the rest')
     return frame
 
 def _watch(helpers:list, rows:list[Row], folder:FilePath, progress:bool): # until all have ended
@@ -203,7 +204,7 @@ def _watch(helpers:list, rows:list[Row], folder:FilePath, progress:bool): # unti
         left = [f for f in left if _result(f) is None]
         if progress: bar.update(len(rows)-len(left))
 
-# %% ../nbs/99_study.ipynb #1590919c
+# %% ../nbs/99_study.ipynb #774a818c
 def report_study(
     folder:FilePath, # of a study, for `report.html`
     frame:pd.DataFrame, # what `collect` returned
@@ -214,9 +215,10 @@ def report_study(
     shown = frame.drop(columns=['name', 'settings', 'commit', 'torch', 'device']).dropna(axis=1, how='all')
     some = [m for m in ('acc_super', 'tau', 'tau_loss', 'sparse_tau', 'surpass_random', 'search_mean') if m in shown]
     crossed = [('K against one supernet', flips(frame, metric))] if {True, False} <= set(frame.K == 1) else []
+    scatter = [('Metrics', plot_metrics(frame, some))] if len(some) > 1 else []
     write_report(folder/'report.html', f'kshot study: {folder.name}', [
         ('Effects', plot_effects(frame, metric), summary(frame, metric)), *crossed,
-        ('Heuristics', *(plot_heuristic(frame, h, metric) for h in names)), ('Metrics', *([plot_metrics(frame, some)] if len(some) > 1 else [])), ('Runs', shown)])
+        ('Heuristics', *(plot_heuristic(frame, h, metric) for h in names)), *scatter, ('Runs', shown)])
 
 def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline is still in work
     keys = ['space', 'K', 'seed']
