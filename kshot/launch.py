@@ -72,7 +72,7 @@ def command(
         except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno()) # its reader has gone
     return main
 
-# %% ../nbs/95_launch.ipynb #911aaed6
+# %% ../nbs/95_launch.ipynb #9e3713af
 def set_threads(
     run:FilePath|None=None, # folder of a run that is there
     **config, # of a run that will be
@@ -80,7 +80,7 @@ def set_threads(
     "One thread for networks so small that several are slower, unless the environment says how many."
     if run is not None: config = read_run(run).get('config', {})
     is_small = config.get('space', 'digits') == 'digits' or 0 < config.get('px', 0) <= 16
-    if is_small and 'OMP_NUM_THREADS' not in os.environ: torch.set_numset_threads(1)
+    if is_small and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
 
 def _report(folder):
     if is_first(): make_report(folder/'report.html', f'kshot: {folder.name}', {folder.name: folder})
