@@ -80,7 +80,7 @@ def add_result(
     write_run(folder, record)
     return result
 
-# %% ../nbs/93_runs.ipynb #68c4bb8d
+# %% ../nbs/93_runs.ipynb #d994876e
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
@@ -97,8 +97,7 @@ def train_run(
         learn = make_learner(config, shard)
         cb = CheckpointCallback(folder, resume=resume and any(folder.glob('checkpoint/*')))
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
-        record = read_run(folder) if resume else dict(config=asdict(config), **environment(), results={}, seconds={}, starts=0)
-        write_run(folder, record | dict(starts=record['starts']+1))
+        if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
         if not (progress and is_first()): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
         is_whole = len(cb.log) == config.epochs or getattr(learn.k_shot.sampler, 'is_done', False)

@@ -59,7 +59,7 @@ def ranking(
     out |= dict(tau_macs=kendall_tau(scores.macs, alone), tau_params=kendall_tau(scores.n_params, alone), acc_alone=float(alone.mean()))
     return out | dict(ceiling=seed_ceiling(whole.T.to_numpy()) if whole.shape[1] > 1 else math.nan)
 
-# %% ../nbs/99_study.ipynb #df58124c
+# %% ../nbs/99_study.ipynb #ee888cb6
 def measure(
     row:Row,         # what to do
     folder:FilePath, # of its run
@@ -85,7 +85,7 @@ def run_row(
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks/row.name):
         started, config = time.time(), asdict(split_settings(row)[0])
-        if not (where/'run.json').exists(): write_run(where, dict(config=config, **environment(), results={}, seconds={}, starts=0))
+        if not (where/'run.json').exists(): write_run(where, dict(config=config, **environment(), results={}, seconds={}))
         if (had := read_run(where)['config']) != config: raise ValueError(f'{row.name} holds a run with {had}, expected {config}')
         if (done := _result(where)) is not None: return done
         try: found = measure(row, where)
