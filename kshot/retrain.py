@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMISERS', 'Recipe', 'get_recipe', 'lr_at', 'rmsprop', 'Average', 'set_dropout', 'RecipeCallback',
-           'average_stats', 'RetrainCallback', 'check_tensors', 'Retrained', 'retrain']
+           'RetrainCallback', 'check_tensors', 'Retrained', 'retrain']
 
-# %% ../nbs/64_retrain.ipynb #cf906e36
+# %% ../nbs/64_retrain.ipynb #ceed69ee
 import json, math, zlib
 from contextlib import nullcontext
 from functools import partial
@@ -20,9 +20,8 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from .distributed import agree, average_, is_first, world
+from .distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
 from .train import SkipValidation, broken_images, by_decay, is_at_chance, load_newest, plain_errors, save_tensors, sgd
 
@@ -143,14 +142,6 @@ class RecipeCallback(Callback):
     def before_step(self): average_([p.grad for p in self.learn.model.parameters() if p.grad is not None])
     def after_step(self):
         if self.average: self.average.update_parameters(self.learn.model)
-
-# %% ../nbs/64_retrain.ipynb #6390ee1f
-def average_stats(
-    module:nn.Module, # changed in place
-):
-    "Mean over processes of the running means and variances of batch norm."
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    average_([t for m in norms for t in (m.running_mean, m.running_var)])
 
 # %% ../nbs/64_retrain.ipynb #2b6a9983
 class RetrainCallback(Callback):

@@ -7,7 +7,7 @@ __all__ = ['by_decay', 'sgd', 'cosine', 'SkipValidation', 'DropPathCallback', 't
            'kshot_learner', 'save_tensors', 'load_tensors', 'load_newest', 'CheckpointCallback', 'is_at_chance',
            'TrainingStopped', 'broken_images', 'plain_errors']
 
-# %% ../nbs/50_train.ipynb #4fdfb52a
+# %% ../nbs/50_train.ipynb #15c12994
 import json, math, os, re, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +26,7 @@ from fastcore.basics import patch, store_attr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-from .distributed import agree, average_, gather, is_first, mean, world
+from .distributed import agree, average_, average_stats, gather, is_first, mean, world
 from .sampler import UniformSampler, get_sampler
 from .sharing import set_drop_path
 from .simplex import SimplexNet, UniformCode, code_stats
@@ -154,7 +154,7 @@ def before_batch(self:KShotCallback):
 @patch
 def _give(self:KShotCallback, path, code): self.learn.xb = (*self.xb[:1], path, code)
 
-# %% ../nbs/50_train.ipynb #81a68d8a
+# %% ../nbs/50_train.ipynb #75d0bf12
 @patch
 def before_backward(self:KShotCallback):
     "Add the regularisation to a simplex step's loss."
@@ -187,6 +187,11 @@ def _step_codes(self:KShotCallback): self.opt_codes.step(); self.opt_codes.zero_
 def after_batch(self:KShotCallback):
     "Give the banks their gradients back after a simplex step."
     if self.is_simplex_step: self.model.requires_grad_(True)
+
+@patch
+def after_train(self:KShotCallback):
+    "Average what batch norms have tracked."
+    average_stats(self.model)
 
 @patch
 def after_fit(self:KShotCallback):

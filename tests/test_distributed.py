@@ -147,6 +147,26 @@ train(['--runs', {str(tmp_path)!r}, '--seed', os.environ['RANK'], *{SMALL!r}])
     code, out, err = call(2, '-c', text)
     assert code and lines(err, 'ranks differ in what they are asked to train') and not list(tmp_path.rglob('*'))
 
+TRACKED = '''
+import torch
+from fastai.callback.core import Callback
+from kshot.config import Config, make_learner
+from kshot.distributed import distributed, gather
+with distributed(timeout=60) as shard:
+    learn = make_learner(Config(passes=2, bs=160, track_bn=True), shard)
+    means = lambda: torch.cat([m.running_mean for m in learn.model.modules() if getattr(m, 'running_mean', None) is not None])
+    class Before(Callback):
+        order = learn.k_shot.order - 1
+        def after_train(self): self.of = gather(means().tolist())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=.1, cbs=(before := Before()))
+    a, b = map(torch.tensor, before.of)
+    assert not a.allclose(b) and means().allclose((a + b)/2)
+'''
+
+def test_tracked_statistics_are_averaged():
+    code, out, err = call(2, '-c', TRACKED)
+    assert code == 0, err
+
 def test_a_batch_that_the_processes_cannot_share(tmp_path):
     code, out, err = launch(2, 'train', '--runs', tmp_path, '--bs', 101)
     assert code and 'kshot/launch.py' not in err # no traceback of ours
