@@ -117,7 +117,7 @@ def _table(
     t['q'] = pd.Series(stats.false_discovery_control(t.p[ok]) if ok.any() else [], t.index[ok], float)
     return _sorted(t)
 
-# %% ../nbs/85_effects.ipynb #018a3a5f
+# %% ../nbs/85_effects.ipynb #93b91cd0
 def effects(
     frame:pd.DataFrame,    # a row per run
     metric:str='tau_loss', # column
@@ -131,7 +131,9 @@ def effects(
     lost = d.assign(n_failed=d.difference.isna()).groupby(_setting, as_index=False).n_failed.sum()
     t = _table(d, level, pooled).merge(lost, on=_setting).merge(means, on=_setting)
     sign = np.sign(t.effect.astype(float))*(-1 if metric.startswith(_less) else 1)
-    t['verdict'] = np.select([t.q.isna(), t.q >= 1-level, sign > 0], ['unknown', 'no effect', 'helps'], 'hurts')
+    width = t.high-t.low
+    is_vague = width > 2*width.groupby([t.space, t.K]).transform('median') # than the others of its space and K
+    t['verdict'] = np.select([t.q < 1-level, t.q.isna() | is_vague], [np.where(sign > 0, 'helps', 'hurts'), 'unknown'], 'no effect')
     return t[[*_setting, 'n', 'n_failed', 'setting', 'baseline', 'effect', 'low', 'high', 'df', 'p', 'q', 'verdict']]
 
 # %% ../nbs/85_effects.ipynb #6b0407bc
