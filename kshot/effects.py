@@ -213,12 +213,14 @@ def _labels(rows:pd.DataFrame) -> tuple[dict, list]: # (heuristic, value) -> hei
     return (dict(zip(zip(rows.heuristic, rows.value), height)),
         [f'<b>{r.heuristic}</b>  {r.value}' if new else r.value for r,new in zip(rows.itertuples(), first)])
 
-# %% ../nbs/85_effects.ipynb #e341666c
-def _bars(e:pd.DataFrame, at:dict, shift:float, end:float) -> dict: # points and intervals of one K, as a scatter wants them
+# %% ../nbs/85_effects.ipynb #2c8d2a2f
+def _bars(e:pd.DataFrame, at:dict, i:int, n:int, end:float) -> dict: # points and intervals of K number i of n, as a scatter wants them
     x, beyond = e.effect.clip(-end, end), e.effect.abs() > end
     signs = np.where(beyond, np.where(x > 0, 'triangle-right', 'triangle-left'), 'circle')
-    told = e.verdict.isin(['helps', 'hurts'])
-    return dict(x=x, y=[at[k]+shift for k in zip(e.heuristic, e.value)], mode='markers',
+    told, blank = e.verdict.isin(['helps', 'hurts']), '\u2003'*3*i # next to the number of the K before
+    return dict(x=x, y=[at[k]+.12*(n-1)-.24*i for k in zip(e.heuristic, e.value)], mode='markers+text', textfont_size=10,
+        text=[far*(f'{blank}{v:.2f}' if v < 0 else f'{v:.2f}{blank}') for far,v in zip(beyond, e.effect)],
+        textposition=np.where(x < 0, 'middle right', 'middle left'),
         error_x=dict(array=(e.high-e.effect).where(~beyond), thickness=1.5, width=0),
         marker=dict(size=9, symbol=np.where(told, signs, signs+np.array('-open', object))),
         customdata=np.stack([e.heuristic, e.value, effect_text(e), e.verdict, e.n], axis=1),
@@ -242,8 +244,8 @@ def plot_effects(
     fig = make_subplots(1, n, shared_yaxes=True, horizontal_spacing=.03, subplot_titles=[label_of(s, names) for s in spaces]*(n > 1))
     for (K,color),(col,space) in ((k, s) for k in color_of(Ks).items() for s in enumerate(spaces, 1)):
         own = e[(e.K == K) & (e.space == space) & e.effect.notna()]
-        fig.add_scatter(**_bars(own, at, .5*(len(Ks)-1)*.24-.24*Ks.index(K), end), name=label_of(K, names), legendgroup=str(K),
-            showlegend=col == 1 and len(Ks) > 1, marker_color=color, row=1, col=col)
+        fig.add_scatter(**_bars(own, at, Ks.index(K), len(Ks), end), name=label_of(K, names), legendgroup=str(K),
+            showlegend=col == 1 and len(Ks) > 1, marker_color=color, textfont_color=color, row=1, col=col)
     fig.add_vline(x=0, line=dict(color=GREY, width=1.5))
     fig.update_xaxes(title_text='effect', range=[-1.06*end, 1.06*end])
     fig.update_yaxes(tickvals=list(at.values()), ticktext=labels, range=[min(at.values())-.7, max(at.values())+.7])
