@@ -194,13 +194,15 @@ def best_settings(
     best = e.assign(best=gain == gain.groupby([e.space, e.heuristic, e.K]).transform('max')).groupby(['space', 'K'], sort=False)
     return {(space, int(K)): dict(zip(g.heuristic[g.best], g.value[g.best])) for (space,K),g in best}
 
-# %% ../nbs/85_effects.ipynb #a5131e26
+# %% ../nbs/85_effects.ipynb #0998a66c
 _words = dict(acc_super='supernet accuracy', tau='tau by accuracy', tau_loss='tau by loss', spearman="Spearman's correlation",
     sparse_tau='sparse tau', sparse_tau_position='sparse tau by position', top_tau='tau in the top 10 %',
     surpass_random='surpasses random', search_mean='search finds', regret_1='regret of the best', regret_n='regret',
     seconds_train='seconds of training')
 
-def _word(metric:str) -> str: return _words.get(metric, metric.replace('_', ' '))
+def _word(metric:str) -> str:
+    stem = metric.removesuffix('_loss')
+    return _words.get(metric) or (f'{_words[stem]} by loss' if stem in _words else metric.replace('_', ' '))
 
 def _failed(frame:pd.DataFrame, metric:str, n:int=2) -> str: # a note that names the first of them
     lost = failures(frame, metric)
@@ -254,7 +256,7 @@ def plot_effects(
     finish(fig, title, note, 150+26*len(at), margin=dict(t=72+24*(n > 1), b=88))
     return stacked(fig, n, fig.layout.height) if n > 1 else fig
 
-# %% ../nbs/85_effects.ipynb #32251349
+# %% ../nbs/85_effects.ipynb #633fddf3
 def _dots(runs:pd.DataFrame, e:pd.DataFrame, at:dict, color:str) -> list[go.Scatter]: # one K in one space: seeds; means with intervals
     base = runs[runs.value == ''].setting.mean()
     seeds = go.Scatter(x=runs.value.map(at)-.06, y=runs.setting, text=runs.seed, hovertemplate='seed %{text}: %{y:.3f}<extra></extra>',
@@ -270,7 +272,13 @@ def _known_taus(frame:pd.DataFrame, metric:str) -> dict: # label -> tau, of what
     known = {label_of(k): pd.to_numeric(frame[c]).mean() for k,c in (('macs', 'tau_macs'), ('ceiling', 'ceiling')) if c in frame}
     return {k: y for k,y in known.items() if np.isfinite(y)} if metric in ('tau', 'tau_loss') else {}
 
-# %% ../nbs/85_effects.ipynb #5cacd035
+def _range(y:pd.Series, e:pd.DataFrame) -> list: # of an axis: all values, and of intervals what is not far beyond them
+    half, room = e.high-e.effect, (np.ptp(y) or 1.)/2
+    low, high = max(y.min()-room, (e.setting-half).min()), min(y.max()+room, (e.setting+half).max())
+    low, high = np.nanmin([low, y.min()]), np.nanmax([high, y.max()])
+    return [low-.05*(high-low), high+.05*(high-low)]
+
+# %% ../nbs/85_effects.ipynb #3d8179b9
 def plot_heuristic(
     frame:pd.DataFrame,    # a row per run; tau_macs and ceiling are drawn where known
     heuristic:str,         # one of the frame
@@ -294,7 +302,10 @@ def plot_heuristic(
         for t in _dots(*(o[(o.space == space) & (o.K == K)] for o in (runs, e)), at, color):
             if t.showlegend is None: t.showlegend = col == 1 and len(colors) > 1
             fig.add_trace(t.update(name=label_of(K, names), legendgroup=str(K)), row=1, col=col)
-        for label,y in _known_taus(frame[frame.space == space], metric).items() if i == 0 else ():
+        known = _known_taus(frame[frame.space == space], metric)
+        levels = pd.concat([runs[runs.space == space].setting, pd.Series(known, dtype=float)])
+        fig.update_yaxes(range=_range(levels, e[e.space == space]), col=col)
+        for label,y in known.items() if i == 0 else ():
             fig.add_hline(y=y, line=dict(color=GREY, width=1.5, dash='dash'), annotation=dict(text=label, font_color=GREY, x=1, xshift=-4),
                 annotation_position='bottom right' if 'MACs' in label else 'top right', row=1, col=col)
     fig.update_xaxes(tickvals=list(range(len(values))), ticktext=['baseline', *values[1:]], range=[-.5, len(values)-.5],
