@@ -21,8 +21,10 @@ n_paths = 20
 vary.sampler = ["fair"]
 """
 
-def start(runs, *args): return subprocess.Popen([BIN/'kshot_study', *args, '--name', 's', '--runs', runs, '--json'],
-                                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(runs, *args):
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # also where the tests themselves run in the background of a shell
+    return subprocess.Popen([BIN/'kshot_study', *args, '--name', 's', '--runs', runs, '--json'],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
 
 def finish(process):
     out, err = process.communicate(timeout=300)
