@@ -187,6 +187,9 @@ def test_views_closed_while_training(lab, notebook):
     nb.page.get_by_role('menuitem', name='Edit', exact=True).click()
     nb.page.get_by_role('menuitem', name=re.compile('^Clear Outputs of All Cells')).click()
     nb.wait('text=/seen 1600 updates, done in/', 180)
+    late = [e for e in nb.errors if e.startswith('Error setting state')] # plotly draws into closed views, until the kernel has heard that they are
+    assert len(late) <= 4 # it would be a dozen if it had not
+    nb.errors[:] = [e for e in nb.errors if e not in late]
 
 # whether the buttons of a figure `g` lie over its title
 BUTTONS_OVER_TITLE = """(() => { const [a, b] = ['.modebar', '.gtitle'].map(s => g.querySelector(s).getBoundingClientRect());
