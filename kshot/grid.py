@@ -34,7 +34,7 @@ class Row(NamedTuple):
     seed:int      # of everything random
     settings:dict # by name, the baseline's included
 
-# %% ../nbs/98_grid.ipynb #03510c08
+# %% ../nbs/98_grid.ipynb #8ae2a292
 def split_settings(
     row:Row, # of a study
 ) -> tuple[Config, dict]: # what is trained, how it is scored
@@ -47,9 +47,13 @@ def split_settings(
     return Config(**{k: v for k,v in row.settings.items() if k not in SCORING}, K=row.K, seed=row.seed), SCORING | scoring
 
 @cache
+def _check_net(**how):
+    with torch.device('meta'): get_net(**how)
+
+@cache
 def _check_settings(config:Config):
     check_config(config, space := space_of(config))
-    with torch.device('meta'): get_net(**net_args(config, n_classes=10))
+    _check_net(**net_args(config, n_classes=10)) # the same for most rows
     get_sampler(config.sampler, space, accept=(lambda p: True) if config.max_macs else None)
 
 def check_row(

@@ -183,7 +183,7 @@ class SplitNet(nn.Module):
         step = unit*(1 + most//unit)
         for (l,o),names in self.op_modules.items():
             ways = self.ways(l, o, by)
-            is_split = len(ways) > 1 and any(True for _ in self.get_submodule(names[0]).parameters())
+            is_split = len(ways) > 1 and any(True for n in names[:1] for _ in self.get_submodule(n).parameters())
             for i in range(len(ways) if is_split else 1): ops[l,o+step*i] = [f'{n}.{i}' for n in names] if is_split else names
             if is_split:
                 for n in names: self.set_submodule(n, Variants(by, [make(self.get_submodule(n), l, way) for way in ways]))
