@@ -116,13 +116,14 @@ def parse(self:Space,
     example = ('' if max(self.sizes) <= 10 else '-').join('0'*len(self.blocks))
     raise ValueError(f'path {s!r}, expected {len(self.blocks)} op numbers like {example!r}')
 
-# %% ../nbs/00_space.ipynb #94a3bdd4
+# %% ../nbs/00_space.ipynb #99f0d7c8
 @patch
 def onehot(self:Space,
     paths:Iterable[Path], # N paths
 ) -> np.ndarray:          # `(N, sum(sizes))` float32
     "One-hot code of each path, block after block."
-    idx = np.array([self.check(p) for p in paths]) + np.cumsum((0,)+self.sizes[:-1]) # (N, L) column of each choice
+    idx = np.array([self.check(p) for p in paths], int).reshape(-1, len(self.blocks))
+    idx += np.cumsum((0,)+self.sizes[:-1]) # (N, L) column of each choice
     out = np.zeros((len(idx), sum(self.sizes)), np.float32)
     np.put_along_axis(out, idx, 1, axis=1)
     return out
