@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ranks', 'kendall_tau', 'spearman', 'sparse_kendall_tau', 'true_top', 'top_tau', 'top_k_regret', 'precision_at_k',
            'surpass_random', 'search_performance', 'bootstrap_ci', 'seed_ceiling', 'metrics', 'protocol', 'scorers_of',
-           'over_seeds']
+           'align_scores', 'rank_scores', 'over_seeds']
 
-# %% ../nbs/60_rank.ipynb #e5f047d0
-from collections.abc import Callable, Sequence
+# %% ../nbs/60_rank.ipynb #960f093d
+from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -218,6 +218,41 @@ def scorers_of(
         for c,name in (('macs', 'macs'), ('n_params', 'params')):
             if c in f and f[c].notna().all(): counts.setdefault(name, f[c].to_numpy(float))
     return scorers, counts
+
+# %% ../nbs/60_rank.ipynb #a32c1e6a
+def align_scores(
+    scores:pd.DataFrame|Mapping, # columns path, acc_super; loss_super, macs, n_params where known; or name -> frame of several runs
+    truth:pd.DataFrame,          # index path, a column a seed, as `kshot.runs.get_truth` returns
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list]: # name -> scores with acc_alone, truth of the same paths, paths left out
+    "Scores and truth of the paths that all have, in one order; `ValueError` without columns or common paths, `TypeError` for no frame."
+    runs = dict(scores) if isinstance(scores, Mapping) else dict(supernet=scores)
+    for v in (*runs.values(), truth):
+        if not isinstance(v, pd.DataFrame): raise TypeError(f'{type(v).__name__}, expected a DataFrame')
+    if not runs or any(s.empty for s in runs.values()): return {}, truth[:0], []
+    known, paths = truth.mean(axis=1).replace([np.inf, -np.inf], np.nan).dropna(), {}
+    for k,s in runs.items():
+        if missing := [c for c in ('path', 'acc_super') if c not in s]: raise ValueError(f'no column {missing[0]!r} in the scores of {k!r}')
+        if s.path.duplicated().any(): raise ValueError(f'scores of {k!r} have a path several times, expected a frame a run: name -> frame')
+        s, paths = s.set_index('path', drop=False).rename_axis(index=None), paths | dict.fromkeys(s.path)
+        numbers = s[[c for c in ('acc_super', 'loss_super') if c in s]].apply(pd.to_numeric, errors='coerce')
+        runs[k] = s.assign(**numbers)[np.isfinite(numbers.to_numpy(float)).all(1)]
+        known = known[known.index.isin(runs[k].index)]
+    if not len(known):
+        k, s = next(iter(runs.items()))
+        raise ValueError(f'{k!r} has {len(s)} paths such as {next(iter(s.path), None)!r}, expected some that all runs and the truth have')
+    return {k: s.loc[known.index].assign(acc_alone=known) for k,s in runs.items()}, truth.loc[known.index], [*paths.keys() - {*known.index}]
+
+def rank_scores(
+    scores:pd.DataFrame|Mapping, # as in `align_scores`
+    truth:pd.DataFrame,          # as there
+    n_boot:int=200,              # resamples of the intervals
+) -> pd.DataFrame:               # one row a scorer, baseline and the ceiling, see `protocol`
+    "The ranking protocol of frames; `ValueError` if a run or the truth lacks a path, and as in `align_scores` and `protocol`."
+    runs, per_seed, left_out = align_scores(scores, truth)
+    if left_out: raise ValueError(f'{len(left_out)} paths such as {min(left_out)!r} have no number in a run or the truth, expected one in all')
+    scorers, counts = scorers_of(runs)
+    whole = per_seed.dropna(axis=1) # seeds that every path has
+    return protocol(scorers, per_seed.mean(axis=1).to_numpy(), counts, whole.T.to_numpy() if whole.shape[1] > 1 else None, n_boot=n_boot)
 
 # %% ../nbs/60_rank.ipynb #4f5de3ae
 def over_seeds(

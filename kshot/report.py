@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #731446ce
+# %% ../nbs/94_report.ipynb #05d8436d
 from pathlib import Path as FilePath
 import numpy as np
 import pandas as pd
@@ -14,10 +14,11 @@ from . import plots
 from .config import Config, space_of
 from .look import label_of
 from .page import write_report
-from .runs import get_truth, load_run, rank_scores, read_run
+from .rank import align_scores, rank_scores
+from .runs import get_truth, load_run, read_run
 from .tables import read_log
 
-# %% ../nbs/94_report.ipynb #e31a91a1
+# %% ../nbs/94_report.ipynb #ca890911
 def _read(folder, name): # a Parquet file of a run, or None
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
@@ -28,20 +29,18 @@ def _rank_section(runs, asked):
     "Scatter, accuracies and protocol of all runs that were scored."
     scores = {k: s for k,f in runs.items() if (s := _read(f, 'scores')) is not None}
     if not scores or asked is None: return []
-    truth = get_truth(**asked)
-    common = set.intersection(set(truth.index), *(set(s.path) for s in scores.values()))
-    scores = {k: s[s.path.isin(common)] for k,s in scores.items()}
-    protocol, truth, what = rank_scores(scores, truth), truth.mean(axis=1), ', '.join(f'{k} {v}' for k,v in asked.items() if v is not None)
-    frames = [s.assign(name=k, acc_alone=truth[s.path].to_numpy()) for k,s in scores.items()]
+    scores, truth, left_out = align_scores(scores, get_truth(**asked))
+    protocol, what = rank_scores(scores, truth), ', '.join(f'{k} {v}' for k,v in asked.items() if v is not None)
     taus = protocol.set_index('scorer')[['tau', 'low', 'high']].to_dict('index')
-    both = pd.concat(frames, ignore_index=True)
+    both = pd.concat([s.assign(name=k) for k,s in scores.items()], ignore_index=True)
+    few = f' {len(left_out):,} paths that a run or the table has no number for are left out.' if left_out else ''
     return [('Ranking', f'Supernet accuracy (validation) against stand-alone accuracy ({what}; mean of its seeds). '
-             'Intervals: 95 % bootstrap over paths. Regret, precision and search are of the n = 10 best scores.',
+             f'Intervals: 95 % bootstrap over paths. Regret, precision and search are of the n = 10 best scores.{few}',
              plots.plot_rank(both, taus=taus, by='name'),
              plots.plot_protocol(protocol.set_index('scorer'), _names(scores)), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #c6518a20
+# %% ../nbs/94_report.ipynb #e32d6dd8
 def _codes_section(folder):
     "Codes of the scored paths of a run with K > 1, or of a sample if it was not scored."
     if read_run(folder)['config']['K'] == 1: return []
@@ -56,7 +55,7 @@ def _codes_section(folder):
              plots.plot_codes_by_op(space, paths, codes))]
 
 def _search_section(folder):
-    "Front and found architecture of a run that was searched."
+    "Front and found path of a run that was searched."
     record, frame = read_run(folder), _read(folder, 'search')
     if frame is None: return []
     found, space = record['results']['search'], space_of(Config(**record['config']))

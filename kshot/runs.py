@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'load_run', 'ensure_trained', 'score_run',
-           'fingerprint', 'get_truth', 'rank_scores', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run',
-           'export_run']
+           'fingerprint', 'get_truth', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run', 'export_run']
 
-# %% ../nbs/93_runs.ipynb #f45bf2a1
+# %% ../nbs/93_runs.ipynb #4b8b2344
 import json, os, platform, subprocess, sys, time, zlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from .distributed import World, agree, distributed, gather, is_first, world
 from .evaluate import accuracy_loss, score_path, score_paths
 from .export import load_subnet, measured, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
-from .rank import over_seeds, protocol, scorers_of
+from .rank import over_seeds, rank_scores
 from .retrain import get_recipe, retrain
 from .search import make_search
 from .tables import get_table, latency, reference, write_parquet
@@ -190,7 +189,7 @@ def _score(folder, paths, how, progress, shard) -> tuple[pd.DataFrame, list[str]
             add_result(folder, 'score', how | dict(n_paths=len(done)), started)
     return done, [space.format(p) for p in wanted]
 
-# %% ../nbs/93_runs.ipynb #72b85ef4
+# %% ../nbs/93_runs.ipynb #162925fa
 def get_truth(
     table:str,       # name of a benchmark table
     n:int|None=None, # paths drawn; None: all
@@ -201,23 +200,6 @@ def get_truth(
     wide = t.per_seed(**reference(t, **keys))
     if n is not None and not 1 < n <= len(wide): raise ValueError(f'n={n}, expected 2 to {len(wide)} paths of table {table!r}')
     return wide if n is None else wide.sample(n, random_state=0).sort_index()
-
-def rank_scores(
-    scores:pd.DataFrame|dict[str, pd.DataFrame], # what `score_run` returned, or name -> scores of several runs of one space
-    truth:pd.DataFrame, # what `get_truth` returned
-    n_boot:int=200,     # resamples of the intervals
-) -> pd.DataFrame:      # one row a scorer, baseline and the ceiling, see `kshot.rank.protocol`
-    "The ranking protocol against a table; `ValueError` if the table lacks a path."
-    runs = scores if isinstance(scores, dict) else {'supernet': scores}
-    first = next(iter(runs.values()))
-    if missing := sorted(set(first.path) - set(truth.index)): raise ValueError(f'the table has no path {missing[0]!r}')
-    for k,s in runs.items():
-        if set(s.path) != set(first.path):
-            raise ValueError(f'{k} has scores of {len(s)} paths, expected the same {len(first)} as the others')
-    per_seed = truth.loc[first.path]
-    scorers, counts = scorers_of({k: s.set_index('path').loc[first.path] for k,s in runs.items()})
-    whole = per_seed.dropna(axis=1) # seeds that every path has
-    return protocol(scorers, per_seed.mean(axis=1).to_numpy(), counts, whole.T.to_numpy() if whole.shape[1] > 1 else None, n_boot=n_boot)
 
 def _by_scorer(frame): return {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}
 
