@@ -6,7 +6,7 @@
 __all__ = ['plain_step', 'supernet_step', 'naive_step', 'simplex_step', 'one_shot_loop', 'interleaved', 'ratio', 'peak_mib',
            'bench_step', 'bench_score', 'bench_data', 'bench_live', 'bench']
 
-# %% ../nbs/97_bench.ipynb #8eaeefad
+# %% ../nbs/97_bench.ipynb #2404ccc8
 import json, os, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from functools import partial
@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from .command import command
 from .compare import AccuracyExplorer, RankDashboard
 from .config import Config, make_learner
 from .data import imagenet_data
 from .evaluate import score_chain, score_path
 from .explore import CodeExplorer
 from .folder import images_per_second
-from .launch import command
 from .live import LiveCallback, LiveSearch
 from .networks import NETS, X_SHAPES, Chain, get_net
 from .runs import environment
@@ -293,8 +293,13 @@ def _explorers(name:str) -> dict[str, Callable]: # name of a space
 def _touch(controls:dict, rounds:int) -> dict[str, list]: # milliseconds: median, largest
     return {k: [round(1e3*f(v), 1) for f in (statistics.median, max)] for k,v in interleaved(controls, rounds).items()}
 
-# %% ../nbs/97_bench.ipynb #c1568e7c
-@command(n_places=1)
+# %% ../nbs/97_bench.ipynb #14ad88a8
+@command(n_places=1, examples={
+    '': 'a training step with K supernets beside the plain network',
+    'score --space nb201 --rounds 1': 'paths a second',
+    'data --folder /data/imagenet --augment strong': 'images a second, by number of workers',
+    'comm --K 8 --save comm.json': 'bytes that a step sends, kept in a file',
+    'needs --space mobilenet_se --K 8': 'memory and bytes of a large run, by arithmetic'})
 def bench(
     what:str='step',     # step (of training), score (of paths), data (reading), live (views), comm (bytes sent) or needs (of a large run)
     bs:int=256,          # step: images a batch

@@ -6,7 +6,7 @@
 __all__ = ['N_KEPT', 'METRICS', 'ranking', 'measure', 'run_row', 'study_rows', 'begin_study', 'collect', 'queue', 'work',
            'run_study', 'report_study', 'study']
 
-# %% ../nbs/99_study.ipynb #0a7aab50
+# %% ../nbs/99_study.ipynb #e84d7cb1
 import json, math, os, signal, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
+from .command import command
 from .config import Config, space_of
 from .distributed import world
 from .effects import effects, flips, plot_effects, plot_heuristic, plot_metrics, summary
 from .grid import Row, read_study, split_settings
-from .launch import command, set_threads
+from .launch import set_threads
 from .page import write_report
 from .rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
 from .runs import add_result, ensure_trained, environment, get_truth, read_run, score_run, write_run
@@ -204,7 +205,7 @@ def _watch(helpers:list, rows:list[Row], folder:FilePath, progress:bool): # unti
         left = [f for f in left if _result(f) is None]
         if progress: bar.update(len(rows)-len(left))
 
-# %% ../nbs/99_study.ipynb #774a818c
+# %% ../nbs/99_study.ipynb #966eee73
 def report_study(
     folder:FilePath, # of a study, for `report.html`
     frame:pd.DataFrame, # what `collect` returned
@@ -224,7 +225,10 @@ def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline i
     keys = ['space', 'K', 'seed']
     return frame.merge(frame[frame.heuristic == 'baseline'][keys], on=keys)
 
-@command(n_places=1)
+@command(n_places=1, examples={
+    'digits --name heuristics --workers 2': 'the 14 heuristics on digits, in two processes',
+    'lr.toml --name lr': 'what a file says',
+    '--name heuristics --resume': 'go on with it, or help with it from another machine'})
 def study(
     source:str='digits', # TOML file, or a space whose usual training the 14 heuristics are tried on
     name:str='study',    # the folder is RUNS/NAME
