@@ -16,12 +16,12 @@ from inspect import Parameter, signature
 from pathlib import Path as FilePath
 from textwrap import fill
 
-# %% ../nbs/90_command.ipynb #443af59e
+# %% ../nbs/90_command.ipynb #a16c1296
 _SHOWN = {int: 'N', float: 'X', str: 'TEXT', FilePath: 'PATH'}
 
 def _said(f) -> dict[str, str|None]: # what its comments say of the arguments
     try: from fastcore.docments import docments
-    except ImportError: return {}
+    except Exception: return {} # kshot_doctor says more
     return dict(docments(f))
 
 def _add_argument(parser, name:str, has_place:bool, default, type, help:str|None):
