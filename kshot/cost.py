@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .networks import Chain, Ops, WidthChain, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
 from .space import Path
 
-# %% ../nbs/18_cost.ipynb #89960c55
+# %% ../nbs/18_cost.ipynb #4ef5a999
 def _free(net): # as far as MACs go; here these would take most of the time
     for m in net.modules():
         if isinstance(m, (_BatchNorm, nn.ReLU, nn.Hardswish, nn.Hardsigmoid)): m.forward = lambda x: x
@@ -42,13 +42,13 @@ class Cost:
         "Measure a path's subnet, op by op."
         module = _free(subnet(self.net, path))
         with FlopCounterMode(display=False) as counter, torch.no_grad(): module(self.x)
-        flops, root = {k: sum(v.values()) for k,v in counter.get_flop_counts().items()}, type(module).__name__
+        counted, root = {k: sum(v.values()) for k,v in counter.get_flop_counts().items()}, type(module).__name__
         found = {op: np.zeros(2, int) for op in map(tuple, reads(self.net, path))}
         of, unused = {op[:2]: op for op in found}, np.zeros(2, int)
         mine = lambda name: found.get(of.get(self.owner(name.removeprefix('net.'))), unused)
-        for n in {n.target for n in module.graph.nodes if n.op == 'call_module'}: mine(n)[0] += flops.get(f'{root}.{n}', 0)//2
+        for n in {n.target for n in module.graph.nodes if n.op == 'call_module'}: mine(n)[0] += counted.get(f'{root}.{n}', 0)//2
         for n,p in module.named_parameters(): mine(n)[1] += p.numel()*p.requires_grad
-        found[None] = np.array([flops[root]//2, count_params(module)]) - sum(found.values())
+        found[None] = np.array([counted[root]//2, count_params(module)]) - sum(found.values())
         return {op: tuple(adds.tolist()) for op,adds in found.items()}
 
 # %% ../nbs/18_cost.ipynb #93fc3151

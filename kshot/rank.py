@@ -219,7 +219,7 @@ def scorers_of(
             if c in f and f[c].notna().all(): counts.setdefault(name, f[c].to_numpy(float))
     return scorers, counts
 
-# %% ../nbs/60_rank.ipynb #a32c1e6a
+# %% ../nbs/60_rank.ipynb #83e24579
 def align_scores(
     scores:pd.DataFrame|Mapping, # columns path, acc_super; loss_super, macs, n_params where known; or name -> frame of several runs
     truth:pd.DataFrame,          # index path, a column a seed, as `kshot.runs.get_truth` returns
@@ -249,7 +249,7 @@ def rank_scores(
 ) -> pd.DataFrame:               # one row a scorer, baseline and the ceiling, see `protocol`
     "The ranking protocol of frames; `ValueError` if a run or the truth lacks a path, and as in `align_scores` and `protocol`."
     runs, per_seed, left_out = align_scores(scores, truth)
-    if left_out: raise ValueError(f'{len(left_out)} paths such as {min(left_out)!r} have no number in a run or the truth, expected one in all')
+    if left_out: raise ValueError(f'{len(left_out)} paths such as {min(left_out)!r} have no number in a run or the truth, expected one')
     scorers, counts = scorers_of(runs)
     whole = per_seed.dropna(axis=1) # seeds that every path has
     return protocol(scorers, per_seed.mean(axis=1).to_numpy(), counts, whole.T.to_numpy() if whole.shape[1] > 1 else None, n_boot=n_boot)

@@ -343,13 +343,13 @@ def path_costs(
         out = dict(macs=counted[:,0], params=counted[:,1]) | out
     return out | (dict(convs=np.array([n_convs(p) for p in paths])) if table.space == 'nb201' else {})
 
-# %% ../nbs/80_tables.ipynb #0858f907
+# %% ../nbs/80_tables.ipynb #057b3772
 REFERENCE = { # what is asked of a space's table if nothing is said
     'nb201': dict(dataset='cifar10', split='test', epochs=200), 'nb101': dict(split='test', epochs=108), 'digits': dict(split='test')}
 
 def reference(
     table:Table,           # what to rank
-    dataset:str|None=None, # None: not said
+    dataset:str|None=None, # None: not said, and so are the others
     split:str|None=None,
     epochs:int|None=None,
 ) -> dict:                 # all of `KEYS`

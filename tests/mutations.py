@@ -119,7 +119,7 @@ def who_notices(
     rooms:Rooms,   # of a copy
     function:str,  # that is broken
     src:str,       # its cell after the change
-    times:dict,    # judge -> seconds without a change, inf where it fails; filled
+    times:dict,    # judge -> seconds without a change, None where it fails even so; filled
 ) -> str:
     "The first judge that fails, '' if none does."
     room, i, _ = rooms.found[function]
@@ -129,9 +129,9 @@ def who_notices(
     for name in rooms.judges(function):
         if name not in times:
             start = time.monotonic()
-            times[name] = time.monotonic()-start if passes(400, judge, rooms.tree, name) else float('inf')
-            print(f'  {name}: {times[name]:.0f} s', flush=True)
-        if times[name] == float('inf'): continue
+            times[name] = round(time.monotonic()-start) if passes(400, judge, rooms.tree, name) else None
+            print(f'  {name}: {times[name]} s', flush=True)
+        if times[name] is None: continue
         try:
             nb.write_text(json.dumps(whole))
             if not passes(60, export, rooms.tree, nb): return 'export'
@@ -139,9 +139,9 @@ def who_notices(
         finally: nb.write_text(before[0]); module.write_text(before[1])
     return ''
 
-def write(rows:list, about:dict): # after every row
-    noticed = sum(bool(r['noticed_by']) for r in rows)
-    record = dict(n=len(rows), noticed=noticed, equivalent=sum(bool(r.get('note')) and not r['noticed_by'] for r in rows), **about, rows=rows)
+def write(rows:list, **about): # after every row
+    missed = [r for r in rows if not r['noticed_by']]
+    record = dict(n=len(rows), noticed=len(rows)-len(missed), explained=sum(bool(r.get('note')) for r in missed), **about, rows=rows)
     FNAME.with_suffix('.tmp').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n'); FNAME.with_suffix('.tmp').replace(FNAME)
 
 def main():
@@ -158,7 +158,8 @@ def main():
         said = subprocess.check_output([sys.executable, '-c', 'import json, kshot.runs as r; print(json.dumps(r.environment()))'], cwd=ROOT)
         import fastai.vision.all, ipywidgets, optuna, plotly.graph_objects, torchvision # for the processes that are made of this one
         torch = sys.modules['torch']; torch.set_num_threads(1)
-        rooms, rows, times = Rooms(tree), json.loads(FNAME.read_text())['rows'] if FNAME.exists() else [], {}
+        found = json.loads(FNAME.read_text()) if FNAME.exists() else {}
+        rooms, rows, times = Rooms(tree), found.get('rows', []), found.get('seconds', {})
         rng = random.Random(args.seed)
         order = sorted(f for f in rooms.found if not args.rooms or f.split('.')[0] in args.rooms)
         rng.shuffle(order)
@@ -167,7 +168,7 @@ def main():
             if row is None: rows.append(row := dict(function=function, line=line, change=change))
             row['noticed_by'] = who_notices(rooms, function, src, times)
             print(f'{function}: {change}\n  {row["noticed_by"] or "NOTHING"}', flush=True)
-            write(rows, dict(seed=args.seed, **json.loads(said)))
+            write(rows, seconds=times, seed=args.seed, **json.loads(said))
         if args.again:
             for r in [r for r in rows if not r['noticed_by'] and not r.get('note')]:
                 src = next((s for _,s,l,c in rooms.found.get(r['function'], (0, 0, []))[2] if (l, c) == (r['line'], r['change'])), None)

@@ -1,6 +1,7 @@
 "The house rules that a machine can hold: rooms, imports, notebooks, export in sync"
 import ast, json, os, re, subprocess, sys
 from collections import Counter
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
@@ -87,6 +88,75 @@ def test_export_cells_are_short(room):
     lines = [c.splitlines() for c in exported(ROOMS[room])]
     long, wide = [c[0] for c in lines if len(c) > MAX_LINES], [l for c in lines for l in c if len(l) > MAX_WIDTH]
     assert not long and not wide
+
+MAX_ROOM = 400 # exported lines of a room
+LONG_ROOMS = {} # room -> why it has more
+PAST = dict(arch='path', archs='paths', genotype='path', cand='op', cands='ops', flops='macs', n_flops='macs', num_params='n_params', ckpt='checkpoint',
+            filename='fname', filepath='fname', cfg='config', val_acc='acc_valid', test_acc='acc_alone') # word that is not used -> the one that is
+FOREIGN = dict(spaces={'genotype'}, importers={*PAST}, runs={'arch'}) # benchmarks in their own words; the architecture of a machine
+IS_TEST = lambda c: not {'export', 'exporti', 'exports'} & set(directives(c))
+
+def test_rooms_are_not_long():
+    long = {room: n for room,p in ROOMS.items() if (n := sum(len(c.splitlines()) for c in exported(p))) > MAX_ROOM}
+    assert long.keys() == LONG_ROOMS.keys(), long # no reason outlives its room
+
+@cache
+def definitions(
+    module:Path, # of the package
+) -> dict:       # name -> the classes, functions and assignments at its top; a patched method is part of its class
+    "What a module defines."
+    out = {}
+    for n in ast.parse(module.read_text(encoding='utf-8')).body:
+        if isinstance(n, ast.Assign): names = [t.id for o in n.targets for t in ast.walk(o) if isinstance(t, ast.Name)]
+        elif not isinstance(n, ast.FunctionDef | ast.ClassDef): continue
+        elif any('patch' in ast.unparse(d) for d in n.decorator_list): names = [ast.unparse(n.args.args[0].annotation)]
+        else: names = [n.name]
+        for name in names: out.setdefault(name, []).append(n)
+    return out
+
+def public(defined:dict) -> list[str]: return ast.literal_eval(defined['__all__'][0].value)
+
+@each_module
+def test_public_names_are_documented(module):
+    lines, bare, defined = module.read_text(encoding='utf-8').splitlines(), [], definitions(module)
+    for name in public(defined):
+        n = defined[name][0]
+        if isinstance(n, ast.Assign): continue
+        if not ast.get_docstring(n): bare.append(name)
+        f = n if isinstance(n, ast.FunctionDef) else next((f for f in n.body if getattr(f, 'name', '') == '__init__'), None)
+        if not f or lines[f.lineno-1].rstrip()[-1] != '(': continue # on one line: what is not plain by itself is in the sentence
+        args, told = [a for a in (*f.args.posonlyargs, *f.args.args, f.args.vararg, *f.args.kwonlyargs) if a and a.arg != 'self'], ''
+        for a in args:
+            line = lines[a.lineno-1]
+            if '# ' in line: told = line
+            elif not re.search('so are the|as there', told): bare.append(f'{name}({a.arg})')
+    assert not bare
+
+@cache
+def uses() -> tuple[set, dict]:
+    "Words of all tests; public name -> where it stands outside of its definition, the names of definitions among it."
+    words = lambda text: set(re.findall(r'\w+', text))
+    tests = words('\n'.join([c for p in ROOMS.values() for c in cells(p) if IS_TEST(c)]+[p.read_text() for p in (ROOT/'tests').rglob('test_*.py')]))
+    texts = {str(p): words('\n'.join(cells(p))) for p in PAGES if p not in ROOMS.values()}
+    texts |= {f: words((ROOT/f).read_text(encoding='utf-8')) for f in ('README.md', 'settings.ini')} | {'tests': tests}
+    for m in MODULES: texts |= {f'{m.stem}.{k}': words('\n'.join(map(ast.unparse, ns))) for k,ns in definitions(m).items() if k != '__all__'}
+    names = {(m.stem, name) for m in MODULES for name in public(definitions(m))}
+    return tests, {(m, name): {k for k,ws in texts.items() if name in ws and k != f'{m}.{name}'} for m,name in names}
+
+@each_module
+def test_public_names_are_used_and_tested(module):
+    (tests, found), names = uses(), public(definitions(module))
+    by_test = lambda where: where == 'tests' or where.partition('.')[2] in tests # itself, or one step away
+    assert not [n for n in names if not found[module.stem, n]], 'nobody uses them'
+    untested = [n for n in names if not any(map(by_test, found[module.stem, n])) and not isinstance(definitions(module)[n][0], ast.Assign)]
+    assert not untested, 'no test names them, nor what uses them'
+
+@each_room
+def test_one_word_per_thing(room):
+    names = {w for c in exported(ROOMS[room]) for n in ast.walk(ast.parse(c)) for k in ('id', 'arg', 'attr', 'name') if (w := getattr(n, k, None))}
+    prose = set(re.findall(r'\w+', re.sub(r'`[^`]*`|https?:\S+', '', '\n'.join(cells(ROOMS[room], 'markdown')))))
+    said = (names | prose) & (PAST.keys() - FOREIGN.get(room, set()))
+    assert not said, {w: PAST[w] for w in said}
 
 def test_most_export_cells_are_very_short():
     assert median(len(c.splitlines()) for p in ROOMS.values() for c in exported(p)) <= MEDIAN_LINES
