@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SCORING', 'Row', 'split_settings', 'check_row', 'make_rows', 'heuristics', 'read_study']
 
-# %% ../nbs/98_grid.ipynb #81ffdabb
+# %% ../nbs/98_grid.ipynb #133bc6aa
 import itertools, math, re, tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from inspect import signature
@@ -70,7 +71,7 @@ def check_row(
     except ValueError as e: raise ValueError(f'{row.name}: {e}') from e
     return row
 
-# %% ../nbs/98_grid.ipynb #8f91ec1b
+# %% ../nbs/98_grid.ipynb #ea1ff0a6
 def _options(vary:dict) -> list[list[tuple[str, str, dict]]]: # per factor (heuristic, value, settings), the baseline first
     out = []
     for name,values in vary.items():
@@ -94,7 +95,7 @@ def _combinations(options:list, design:str) -> list[tuple]:
 def make_rows(
     baseline:dict,  # settings by name
     vary:dict|None=None, # factor -> list of values, or value -> settings; None: `heuristics` of the baseline
-    K:list[int]=(1, 4), # numbers of supernets
+    K:Sequence[int]=(1, 4), # numbers of supernets
     seeds:int|list[int]=3, # or that many, from 0
     design:str='one', # 'one' factor at a time, or 'full': all combinations
     space:str='',   # what the baseline is called; '': as its space

@@ -6,8 +6,9 @@
 __all__ = ['RECIPES', 'OPTIMISERS', 'Recipe', 'get_recipe', 'lr_at', 'rmsprop', 'Average', 'set_dropout', 'RecipeCallback',
            'RetrainCallback', 'check_tensors', 'Retrained', 'retrain']
 
-# %% ../nbs/64_retrain.ipynb #ceed69ee
+# %% ../nbs/64_retrain.ipynb #dfcba511
 import json, math, zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path as FilePath
@@ -254,7 +255,7 @@ def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
     self.dls.train.generator.set_state(tensors['rng/loader'])
     self.log, self.start = meta['log'], meta['epoch']
 
-# %% ../nbs/64_retrain.ipynb #48c1b9c1
+# %% ../nbs/64_retrain.ipynb #2b905475
 class Retrained(NamedTuple):
     "What `retrain` returns."
     log:list[dict]      # a row an epoch: epoch, lr, loss, acc_valid, loss_valid and, with an average, acc_ema, loss_ema
@@ -268,7 +269,7 @@ def retrain(
     resume:bool=False, # go on from the newest checkpoint of the folder, if there is one?
     seed:int=0,        # of dropout
     progress:bool=False, # show a bar, and print a line an epoch?
-    cbs:list[Callback]=(), # further ones, such as fastai's `MixedPrecision`
+    cbs:Sequence[Callback]=(), # further ones, such as fastai's `MixedPrecision`
 ) -> Retrained:        # log and averaged module
     "Train a plain module by a recipe; `ValueError` for a folder or checkpoint of another run, another batch, a loss that isn't finite."
     if recipe.bs not in (0, dls.train.bs): raise ValueError(f'batch size {dls.train.bs}, expected {recipe.bs} as the recipe has it')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['mix', 'Slot', 'redraw', 'Supernet', 'check_code', 'fresh_stats']
 
-# %% ../nbs/20_supernet.ipynb #f49c06b1
+# %% ../nbs/20_supernet.ipynb #36f8d708
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -272,11 +272,11 @@ def by_decay(self:Supernet) -> list[list[Tensor]]:
     "Banks of weights, banks of one-dimensional tensors."
     return [[b for k,b in self.banks.items() if k.endswith('_1d') == d] for d in (False, True)]
 
-# %% ../nbs/20_supernet.ipynb #942b7b65
+# %% ../nbs/20_supernet.ipynb #697ed9c5
 @patch
 def merge(self:Supernet,
     average:Callable[[list[Tensor]], object], # in place, over processes, such as `kshot.distributed.average_`
-    also:list[Tensor]=(), # what else is averaged in the same message
+    also:Sequence[Tensor]=(), # what else is averaged in the same message
 ):
     "Average the gradients that were kept, and give them to the banks."
     kept, self.waiting = self.waiting, []

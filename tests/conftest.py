@@ -24,7 +24,7 @@ def copy_tree(
 ) -> Path:     # the same
     "A copy of the project's sources, for tests that write into it."
     dest.mkdir()
-    for name in 'settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml'.split(): shutil.copy2(ROOT/name, dest)
+    for name in 'settings.ini setup.py stubs.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml'.split(): shutil.copy2(ROOT/name, dest)
     skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs')
     for name in 'kshot', 'nbs': shutil.copytree(ROOT/name, dest/name, symlinks=True, ignore=skip)
     return dest

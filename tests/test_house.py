@@ -61,7 +61,7 @@ def test_a_room_for_every_module():
     assert Counter(NUMBER.values()).most_common(1)[0][1] == 1, 'two rooms have one number'
 
 def test_only_modules_and_data_in_the_package():
-    assert {p.name for p in LIB.iterdir()} - {'__pycache__', 'benchmarks'} == {'__init__.py', '_modidx.py'} | {m.name for m in MODULES}
+    assert {p.name for p in LIB.iterdir()} - {'__pycache__', 'benchmarks'} == {'__init__.py', '_modidx.py', 'py.typed'} | {m.name for m in MODULES}
     init = ast.parse((LIB/'__init__.py').read_text())
     assert [t.id for n in init.body for t in n.targets] == ['__version__']
 
