@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nb201_inputs', 'NB201Cell', 'Reduction', 'NB201Net', 'NB101Cell', 'NB101Net', 'DartsCell', 'DartsNet']
 
-# %% ../nbs/14_cells.ipynb #e3436e9e
+# %% ../nbs/14_cells.ipynb #0d041e13
 from collections.abc import Hashable, Iterator, Sequence
 from functools import reduce
 from operator import add
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .nb101 import EDGES, living, nb101_widths
 from .ops import FactorizedReduce, Sliced, conv_bn, make_op, pool_and_classify, relu_conv_bn
-from .sharing import SplitNet, fresh, variant
+from .sharing import SplitNet, redraw, variant
 from .space import Path
 from .spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, get_space
 
@@ -151,7 +151,7 @@ class NB101Net(SplitNet):
             for cell in cells: x = cell(x, path, ids, 'edge' in self.steps)
         return self.head(x)
 
-# %% ../nbs/14_cells.ipynb #5651173e
+# %% ../nbs/14_cells.ipynb #d4de9d4a
 @patch
 def _widths(self:NB101Net, path:Path) -> tuple[list, list]: # of each living vertex behind the input: width in each stack, which of `widths`
     found = list(zip(*(nb101_widths(living(path).matrix, self.c*2**s) for s in range(3))))
@@ -184,7 +184,7 @@ def of_width(self:NB101Net,
 ) -> nn.Module:   # plain
     "An op of its own for one width."
     c = widths[self.widths[0].index(op[0].out_channels)]
-    return fresh(op.at(c if l > 20 else op[0].in_channels, c))
+    return redraw(op.at(c if l > 20 else op[0].in_channels, c))
 
 # %% ../nbs/14_cells.ipynb #2452c9e7
 class DartsCell(nn.Module):

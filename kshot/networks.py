@@ -7,7 +7,7 @@ __all__ = ['Op', 'Ops', 'NETS', 'CHAINS', 'X_SHAPES', 'APPLIES', 'Chain', 'Width
            'mobilenet_net', 'shufflenet_net', 'op_modules', 'check_sharing', 'get_net', 'block_sizes', 'check_path',
            'op_owner', 'reads', 'subnet', 'count_params']
 
-# %% ../nbs/15_networks.ipynb #a1db31ba
+# %% ../nbs/15_networks.ipynb #68079217
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, fx, nn
 from .cells import DartsNet, NB101Net, NB201Net
 from .ops import Sliced, channels, conv_bn, make_op, pool_and_classify
-from .sharing import Channelled, drop_affine, drop_paths, fresh, own_norms, share_kernels, tie
+from .sharing import Channelled, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
 from .space import Path, Space
 from .spaces import WIDE, get_space
 
@@ -181,14 +181,14 @@ def check_sharing(
         raise ValueError(f"wsbn and op_on='edge' for space {name!r}, expected one of them: an op on an edge has one input")
     return found
 
-# %% ../nbs/15_networks.ipynb #544a320a
+# %% ../nbs/15_networks.ipynb #e2392b52
 def _share(net, name, channelling='fixed', kernel='own', wsbn=False, drop_path=0., dropout=0., op_on='', affine=True):
     space = get_space(name) # widths are not shared otherwise
     if channelling == 'disjoint': net.split('width', net.of_width)
     elif channelling != 'fixed':
         for n,m in [*net.named_modules()]:
             if isinstance(m, Sliced): net.set_submodule(n, Channelled(m, channelling))
-    if op_on == 'edge': net.split('edge', lambda op,*_: fresh(copy.deepcopy(op)))
+    if op_on == 'edge': net.split('edge', lambda op,*_: redraw(copy.deepcopy(op)))
     if kernel != 'own': share_kernels(net, op_modules(net), space.blocks, kernel == 'transform')
     if op_on == 'node':
         for first,*others in net.nodes:

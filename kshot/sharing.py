@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DropPath', 'set_drop_path', 'drop_paths', 'drop_affine', 'share_kernels', 'pick', 'Channelled', 'Variants', 'variant',
-           'fresh', 'own_norms', 'SplitNet', 'tie']
+           'redraw', 'own_norms', 'SplitNet', 'tie']
 
 # %% ../nbs/12_sharing.ipynb #9b52d3c7
 import copy, re
@@ -130,7 +130,7 @@ class Channelled(Sliced):
         for m in self: x = narrow(m, x, c_out, take)
         return x
 
-# %% ../nbs/12_sharing.ipynb #7c32a862
+# %% ../nbs/12_sharing.ipynb #f1efd433
 class Variants(nn.ModuleList):
     "Copies of an op, one for each way of using it."
     def __init__(self,
@@ -148,13 +148,15 @@ def variant(
     while isinstance(op, Variants): op = op[use[op.by]]
     return op
 
-def fresh(
-    op:nn.Module, # changed in place
-) -> nn.Module:   # the same
-    "An op with weights of its own, drawn anew."
-    for m in op.modules():
-        if hasattr(m, 'reset_parameters'): m.reset_parameters()
-    return op
+def redraw(
+    net:nn.Module, # an op or a network, changed in place
+) -> nn.Module:    # the same
+    "Draw all parameters anew; `ValueError` for a weight whose module has no `reset_parameters`."
+    for name,m in net.named_modules():
+        if reset := getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None): reset()
+        elif any(p.ndim > 1 for p in m.parameters(recurse=False)):
+            raise ValueError(f'module {name!r} ({type(m).__name__}) has weights but no reset_parameters: pass `redraw`')
+    return net
 
 def own_norms(
     op:nn.Module, # any
@@ -166,7 +168,7 @@ def own_norms(
     mine._modules = {n: own_norms(m) for n,m in op._modules.items()}
     return mine
 
-# %% ../nbs/12_sharing.ipynb #484802f6
+# %% ../nbs/12_sharing.ipynb #a80ac133
 class SplitNet(nn.Module):
     "A network whose ops can be split into variants; it has `op_modules` and `ways(l, o, by)`, the uses of op `o` of block `l`."
     def __init__(self):

@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import ROOT, copy_tree
 
 FNAME, FEW = ROOT/'results'/'mutations.json', 3 # at most so many other notebooks are asked
-OTHERS = {'test_house', 'test_package', 'test_readme', 'test_site'} # about other things than what functions do
+OTHERS = {'test_house', 'test_package', 'test_readme', 'test_site', 'test_distributed', 'test_reliability'} # of other things, or slow
 SWAP = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
         ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
         ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
@@ -86,20 +86,20 @@ class Rooms:
         "What should notice a change: the room, other rooms that use the name, tests that name the module."
         module, name = function.split('.')[0], function.split('.')[-1]
         used = lambda text: re.search(rf'\b{re.escape(name)}\b', text) and re.search(rf'kshot\.{module}\b|import.*\b{module}\b', text)
-        rooms = [f'nbs/{self.nbs[n].name}' for n,t in self.text.items() if n != module and used(t)]
+        rooms = [f'{n}.ipynb' for n,t in self.text.items() if n != module and used(t)]
         word = re.compile(rf'kshot\.{module}\b|kshot_{module}\b')
         tests = [f for f in sorted((self.tree/'tests').glob('test_*.py')) if f.stem not in OTHERS and word.search(f.read_text())]
-        return [f'nbs/{self.nbs[module].name}', *rooms[:FEW], *(f'tests/{f.name}' for f in tests)]
+        return [f'{module}.ipynb', *rooms[:FEW], *(f.name for f in tests)]
 
-def judge(tree:Path, name:str): # in a process of its own, which a failure ends with 1
-    os.chdir(tree); sys.path.insert(0, str(tree))
+def judge(rooms:Rooms, name:str): # in a process of its own, which a failure ends with 1
+    os.chdir(rooms.tree); sys.path.insert(0, str(rooms.tree))
     with open(os.devnull, 'w') as nowhere:
         for fd in 1, 2: os.dup2(nowhere.fileno(), fd)
     if name.endswith('.ipynb'):
         from nbdev.test import test_nb
-        sys.exit(not test_nb(tree/name, skip_flags=['slow', 'cuda'], showerr=False)[0])
+        sys.exit(not test_nb(rooms.nbs[Path(name).stem], skip_flags=['slow', 'cuda'], showerr=False)[0])
     import pytest
-    sys.exit(int(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', name])))
+    sys.exit(int(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', f'tests/{name}'])))
 
 def export(tree:Path, fname:Path): os.chdir(tree); from nbdev.export import nb_export; nb_export(fname, lib_path=tree/'kshot')
 
@@ -129,13 +129,13 @@ def who_notices(
     for name in rooms.judges(function):
         if name not in times:
             start = time.monotonic()
-            times[name] = round(time.monotonic()-start) if passes(400, judge, rooms.tree, name) else None
+            times[name] = round(time.monotonic()-start) if passes(200, judge, rooms, name) else None
             print(f'  {name}: {times[name]} s', flush=True)
         if times[name] is None: continue
         try:
             nb.write_text(json.dumps(whole))
             if not passes(60, export, rooms.tree, nb): return 'export'
-            if not passes(60+5*times[name], judge, rooms.tree, name): return name
+            if not passes(60+5*times[name], judge, rooms, name): return name
         finally: nb.write_text(before[0]); module.write_text(before[1])
     return ''
 
