@@ -156,7 +156,7 @@ def main():
         for name in 'tests', 'results': subprocess.run(['cp', '-r', ROOT/name, tree], check=True)
         os.environ |= dict(PYTHONPATH=str(tree), KSHOT_HOME=f'{tmp}/home', OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
         said = subprocess.check_output([sys.executable, '-c', 'import json, kshot.runs as r; print(json.dumps(r.environment()))'], cwd=ROOT)
-        import fastai.vision.all, ipywidgets, optuna, plotly.graph_objects, torchvision # for the processes that are made of this one
+        import ipywidgets, optuna, plotly.graph_objects, sklearn.datasets, torchvision # once for all processes; not fastai, it patches tensors
         torch = sys.modules['torch']; torch.set_num_threads(1)
         found = json.loads(FNAME.read_text()) if FNAME.exists() else {}
         rooms, rows, times = Rooms(tree), found.get('rows', []), found.get('seconds', {})
