@@ -160,6 +160,7 @@ def main():
         torch = sys.modules['torch']; torch.set_num_threads(1)
         found = json.loads(FNAME.read_text()) if FNAME.exists() else {}
         rooms, rows, times = Rooms(tree), found.get('rows', []), found.get('seconds', {})
+        seeds = sorted({*found.get('seeds', []), args.seed})
         rng = random.Random(args.seed)
         order = sorted(f for f in rooms.found if not args.rooms or f.split('.')[0] in args.rooms)
         rng.shuffle(order)
@@ -168,7 +169,7 @@ def main():
             if row is None: rows.append(row := dict(function=function, line=line, change=change))
             row['noticed_by'] = who_notices(rooms, function, src, times)
             print(f'{function}: {change}\n  {row["noticed_by"] or "NOTHING"}', flush=True)
-            write(rows, seconds=times, seed=args.seed, **json.loads(said))
+            write(rows, seconds=times, seeds=seeds, **json.loads(said))
         if args.again:
             for r in [r for r in rows if not r['noticed_by'] and not r.get('note')]:
                 src = next((s for _,s,l,c in rooms.found.get(r['function'], (0, 0, []))[2] if (l, c) == (r['line'], r['change'])), None)
