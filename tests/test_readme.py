@@ -10,7 +10,7 @@ from readme import readme
 TEXT = (ROOT/'README.md').read_text(encoding='utf-8')
 MAKE = (ROOT/'Makefile').read_text()
 BLOCKS = {k: re.findall(rf'^```{k}\n(.*?)^```', TEXT, re.M|re.S) for k in ('python', 'sh')}
-SMALLER = {'passes=25': 'passes=1', 'fit(30': 'fit(2'} # 16 updates instead of 6,000: that it runs, not what it reaches
+SMALLER = {'passes=25': 'passes=1', 'fit(30': 'fit(1'} # 8 updates instead of 6,000: that it runs, not what it reaches
 SHORT = dict(kshot_rank='--epochs 1 --passes 2 --n_paths 12', kshot_search='--n_paths 4', kshot_retrain='--epochs 1', kshot_export='')
 
 def test_is_index(): assert TEXT == readme(), 'run `make readme`'
