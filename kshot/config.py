@@ -6,9 +6,10 @@
 __all__ = ['RECIPES', 'CODES', 'Sharing', 'Config', 'space_of', 'check_config', 'parts', 'alone', 'net_args', 'cost_of',
            'make_learner', 'quick_losses']
 
-# %% ../nbs/92_config.ipynb #af2575d1
-from dataclasses import asdict, dataclass, replace
+# %% ../nbs/92_config.ipynb #39f66495
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from typing import get_args
 import numpy as np
 import torch
 from torch import nn
@@ -35,10 +36,10 @@ class Sharing:
     op_on:str=''           # weights of a cell's op: edge or node; '': as in the benchmark
     affine:bool=True       # batch norms with scale and shift
 
-# %% ../nbs/92_config.ipynb #46f89d4e
+# %% ../nbs/92_config.ipynb #0b9f6edf
 @dataclass(frozen=True)
 class Config(Sharing):
-    "What to train, and how; `ValueError` for an unknown space or widths that are no numbers."
+    "What to train, and how; `ValueError` for an unknown space or widths that are no numbers, `TypeError` for a value of another kind."
     space:str='digits'     # name of the space and its network
     widths:str=''          # relative widths to choose from, such as "0.2 0.4 0.6 0.8 1.0"; '': none
     width_per:str='layer'  # a width for each layer, or for the whole path: layer or path
@@ -73,6 +74,10 @@ class Config(Sharing):
     seed:int=0             # of everything random
 
     def __post_init__(self):
+        for f in fields(self):
+            v, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)
+            if isinstance(v, bool) and bool not in kinds or not isinstance(v, (*kinds, int) if float in kinds else kinds):
+                raise TypeError(f'{f.name}={v!r}, expected {" or ".join(k.__name__ for k in kinds)}')
         space_of(self)
         for k,v in RECIPES[self.space].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)

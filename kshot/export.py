@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['latency_ms', 'measured', 'build_subnet', 'save_subnet', 'load_subnet', 'to_torch_export', 'to_onnx']
 
-# %% ../nbs/65_export.ipynb #958ae7ed
-import copy, io, json, os, time
-from contextlib import suppress
+# %% ../nbs/65_export.ipynb #53023b35
+import copy, io, json, time
 from inspect import signature
 from pathlib import Path as FilePath
 from statistics import median
@@ -15,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .networks import block_sizes, check_path, count_params, get_net, op_modules, subnet
-from .retrain import check_tensors
-from .train import load_tensors, save_tensors
+from .checkpoint import check_tensors, load_tensors, save_tensors
+from .files import to_json, write_file, write_json
 
 # %% ../nbs/65_export.ipynb #f8137522
 def _copy_to(module:nn.Module, device:str) -> nn.Module: # in evaluation mode
@@ -56,17 +55,7 @@ def measured(
     return dict(macs=counter.get_total_flops()//2, n_params=count_params(module), latency_ms=latency_ms(module, x_shape, device, bs),
                 latency_device=name, latency_threads=torch.get_num_threads(), latency_bs=bs)
 
-# %% ../nbs/65_export.ipynb #f53944c1
-def _write(fname:FilePath, data:bytes): # whole or not at all
-    fname = FilePath(fname)
-    tmp = fname.with_name(f'.{fname.name}.{os.getpid()}')
-    try:
-        fname.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_bytes(data); os.replace(tmp, fname)
-    except OSError as e:
-        with suppress(OSError): tmp.unlink()
-        raise ValueError(f'{str(fname)!r} cannot be written: {e.strerror}') from e
-
+# %% ../nbs/65_export.ipynb #e51ddfed
 def _network(about:dict) -> dict: # the part of `about` that a network is built from
     try: return json.loads(json.dumps({k: about[k] for k in ('space', *list(signature(get_net).parameters)[1:-1], 'path')})) # alone
     except KeyError as e: raise ValueError(f'a subnet without {e}, expected what get_net was called with, and the path') from e
@@ -85,7 +74,7 @@ def build_subnet(
 def _is_channels_last(weights:dict) -> bool:
     return any(t.stride() != torch.empty(t.shape, device='meta').stride() for t in weights.values() if t.ndim == 4)
 
-# %% ../nbs/65_export.ipynb #5e4ecb0f
+# %% ../nbs/65_export.ipynb #6b74a8df
 def save_subnet(
     folder:FilePath,  # of the subnet
     module:nn.Module, # what `kshot.networks.subnet` returned, trained
@@ -96,9 +85,9 @@ def save_subnet(
     weights = (module if ema is None else ema).state_dict()
     check_tensors(weights, build_subnet(about).state_dict())
     about = {**about, 'weights': 'last' if ema is None else 'ema', 'channels_last': _is_channels_last(weights)}
-    text = json.dumps(about, indent=1)
+    to_json(about) # what it can't hold is refused before anything is written
     save_tensors(FilePath(folder)/'subnet.safetensors', weights, _network(about))
-    _write(FilePath(folder)/'subnet.json', text.encode())
+    write_json(FilePath(folder)/'subnet.json', about)
     return about
 
 def load_subnet(
@@ -116,7 +105,7 @@ def load_subnet(
     if about.get('channels_last'): module.to(memory_format=torch.channels_last)
     return module.eval(), about
 
-# %% ../nbs/65_export.ipynb #597d8880
+# %% ../nbs/65_export.ipynb #000bd3c3
 def to_torch_export(
     module:nn.Module, # `forward(x)`
     x_shape:tuple[int, ...], # one image, `(C, H, W)`
@@ -126,7 +115,7 @@ def to_torch_export(
     x, file = torch.zeros(2, *x_shape), io.BytesIO()
     program = torch.export.export(_copy_to(module, 'cpu'), (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
     torch.export.save(program, file)
-    _write(fname, file.getvalue())
+    write_file(fname, file.getvalue())
 
 def to_onnx(
     module:nn.Module, # `forward(x)`
@@ -139,4 +128,4 @@ def to_onnx(
     names, x = dict(input_names=['x'], output_names=['logits']), torch.zeros(2, *x_shape)
     dynamic = ({0: torch.export.Dim('batch', min=1)},)
     program = torch.onnx.export(_copy_to(module, 'cpu'), (x,), dynamic_shapes=dynamic, dynamo=True, verbose=False, **names)
-    _write(fname, program.model_proto.SerializeToString())
+    write_file(fname, program.model_proto.SerializeToString())

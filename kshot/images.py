@@ -7,7 +7,7 @@ __all__ = ['IMAGE_SETS', 'IMAGE_SUFFIXES', 'Raw', 'READERS', 'Images', 'ImageSet
            'find_images', 'decode_images', 'read_folder', 'read_part', 'read_parts', 'read_batch', 'read_batches',
            'decode_set', 'fingerprint', 'save_images', 'load_images', 'read_images']
 
-# %% ../nbs/43_images.ipynb #8791e1ae
+# %% ../nbs/43_images.ipynb #83350fbc
 import io, json, os, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from .files import replacing
 from .unpickle import load_plain
 
 # %% ../nbs/43_images.ipynb #451804c8
@@ -206,7 +207,7 @@ def decode_set(
         out[k] = torch.from_numpy(x[order]), torch.from_numpy(y[order])
     return out, names
 
-# %% ../nbs/43_images.ipynb #c8891999
+# %% ../nbs/43_images.ipynb #e6a4e231
 def fingerprint(
     source:Source, # what `find_images` found
 ) -> str:          # 16 hexadecimal digits
@@ -222,12 +223,9 @@ def save_images(
     images:Images, # 'train' and 'test'
     names:list[str], # of the classes
 ):
-    "Images in a safetensors file, through a temporary name."
-    fname.parent.mkdir(parents=True, exist_ok=True)
+    "Images in a safetensors file; `ValueError` or `SafetensorError` if it can't be written."
     tensors = {f'{k}_{a}': t for k,v in images.items() for a,t in zip('xy', v)}
-    tmp = fname.with_name(f'.{fname.name}.{os.getpid()}')
-    try: save_file(tensors, tmp, dict(names=json.dumps(names), crc=_crc(tensors))); os.replace(tmp, fname)
-    finally: tmp.unlink(missing_ok=True)
+    with replacing(fname) as tmp: save_file(tensors, tmp, dict(names=json.dumps(names), crc=_crc(tensors)))
 
 def load_images(
     fname:Path, # what `save_images` wrote
@@ -239,7 +237,7 @@ def load_images(
     if meta.get('crc') != _crc(tensors): raise ValueError(f'image cache {str(fname)!r} is damaged: wrong checksum')
     return {k: (tensors[f'{k}_x'], tensors[f'{k}_y']) for k in ('train', 'test')}, json.loads(meta['names'])
 
-# %% ../nbs/43_images.ipynb #4daafac2
+# %% ../nbs/43_images.ipynb #f75a1248
 def read_images(
     name:str,                  # 'cifar10', 'cifar100' or 'imagenet16'
     folder:Path|str|None=None, # as in `data_folder`
@@ -252,5 +250,5 @@ def read_images(
         except ValueError as e: print(f'{e}; reading {str(source.root)!r} again', file=sys.stderr)
     images, names = decode_set(name, source)
     try: save_images(cache, images, names)
-    except (OSError, SafetensorError) as e: print(f'images are not kept in {str(cache)!r}: {e}', file=sys.stderr)
+    except (ValueError, SafetensorError) as e: print(f'images are not kept in {str(cache)!r}: {e}', file=sys.stderr)
     return images, names

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LiveCallback', 'some_images', 'LiveSearch']
 
-# %% ../nbs/89_live.ipynb #c7c47fd6
+# %% ../nbs/89_live.ipynb #63cf0b52
 import copy, math, queue, sys, threading, time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from html import escape
 import ipywidgets, numpy as np, pandas as pd, torch
-from .train import CheckpointCallback # before fastai: it keeps a warning of its import quiet
+from .checkpoint import CheckpointCallback # before fastai: it keeps a warning of its import quiet
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
 from fastprogress.fastprogress import format_time

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['table_html', 'item_html', 'write_report']
 
-# %% ../nbs/79_page.ipynb #db003be2
-import html, os
+# %% ../nbs/79_page.ipynb #d7145d0e
+import html
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
+from .files import write_file
 from .look import template
 
 # %% ../nbs/79_page.ipynb #d237c686
@@ -83,7 +84,7 @@ def item_html(
     if isinstance(item, str): return f'<p>{html.escape(item)}</p>'
     raise TypeError(f'{type(item).__name__} in a report, expected a figure, a data frame or a string')
 
-# %% ../nbs/79_page.ipynb #7c17ece4
+# %% ../nbs/79_page.ipynb #de797e07
 def write_report(
     fname,                    # html file; replaced only once the new one is complete
     title:str,                # of the page
@@ -100,7 +101,5 @@ def write_report(
 {body}</main>
 <script>{get_plotlyjs()}</script>
 <script>const templates = {{{both}}};{_js}</script></body></html>"""
-    part = fname.with_name(f'{fname.name}.{os.getpid()}.part')
-    try: part.write_text(page, encoding='utf-8'); os.replace(part, fname)
-    finally: part.unlink(missing_ok=True)
+    write_file(fname, page)
     return fname

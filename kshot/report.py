@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #05d8436d
+# %% ../nbs/94_report.ipynb #f7ec820d
 from pathlib import Path as FilePath
 import numpy as np
 import pandas as pd
 import torch
 from . import plots
 from .config import Config, space_of
+from .files import read_log
 from .look import label_of
 from .page import write_report
 from .rank import align_scores, rank_scores
 from .runs import get_truth, load_run, read_run
-from .tables import read_log
 
 # %% ../nbs/94_report.ipynb #ca890911
 def _read(folder, name): # a Parquet file of a run, or None

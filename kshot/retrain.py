@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'OPTIMISERS', 'Recipe', 'get_recipe', 'lr_at', 'rmsprop', 'Average', 'set_dropout', 'RecipeCallback',
-           'RetrainCallback', 'check_tensors', 'Retrained', 'retrain']
+           'RetrainCallback', 'Retrained', 'retrain']
 
-# %% ../nbs/64_retrain.ipynb #dfcba511
-import json, math, zlib
+# %% ../nbs/64_retrain.ipynb #a5647a9c
+import math, zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
-from .train import SkipValidation, broken_images, by_decay, is_at_chance, load_newest, plain_errors, save_tensors, sgd
+from .checkpoint import broken_images, check_tensors, checkpoints, is_at_chance, load_newest, plain_errors, save_newest, tidy
+from .train import SkipValidation, by_decay, sgd
 
 # %% ../nbs/64_retrain.ipynb #2cf4d8f6
 class Recipe(NamedTuple):
@@ -144,7 +145,7 @@ class RecipeCallback(Callback):
     def after_step(self):
         if self.average: self.average.update_parameters(self.learn.model)
 
-# %% ../nbs/64_retrain.ipynb #2b6a9983
+# %% ../nbs/64_retrain.ipynb #5dfbe990
 class RetrainCallback(Callback):
     "Score, log and save after each epoch into `folder`, or go on with what is there; `ValueError` where a loss isn't finite."
     order = 65 # everyone else is done with the epoch
@@ -154,11 +155,9 @@ class RetrainCallback(Callback):
         progress:bool=False,   # print a line an epoch?
     ):
         self.folder, self.progress, self.log, self.start = folder and FilePath(folder), progress, [], 0
-        self.has_files = bool(self._files())
+        self.has_files = bool(folder and checkpoints(folder))
         if self.has_files and not resume:
             raise ValueError(f'folder {str(folder)!r} holds a retraining already: resume it or choose another')
-
-    def _files(self): return sorted(self.folder.glob('checkpoint/epoch_*.safetensors')) if self.folder else []
 
     def before_fit(self):
         if self.has_files: self._load(*load_newest(self.folder))
@@ -210,16 +209,7 @@ def after_epoch(self:RetrainCallback):
     if self.folder: self._save()
     if self.progress: print(', '.join(f'{k} {v:.4g}' for k,v in self.log[-1].items() if k != 'broken'), flush=True)
 
-# %% ../nbs/64_retrain.ipynb #8f9dbd8e
-def check_tensors(
-    found:dict[str, Tensor],    # by name
-    expected:dict[str, Tensor], # by name
-):
-    "Nothing if names and shapes agree, else `ValueError`."
-    for k in [*expected, *found]:
-        a, b = (tuple(d[k].shape) if k in d else 'nothing' for d in (found, expected))
-        if a != b: raise ValueError(f'{a} for tensor {k!r}, expected {b}')
-
+# %% ../nbs/64_retrain.ipynb #55d3c9b5
 def _identity(learn:Learner) -> dict: # what must agree between a checkpoint and a run
     is_traced = isinstance(learn.model, fx.GraphModule)
     calls = ' '.join(n.target for n in learn.model.graph.nodes if n.op == 'call_module') if is_traced else ''
@@ -237,9 +227,7 @@ def _save(self:RetrainCallback):
     state = {f'opt/{i}/{k}': t for i,s in self.opt.opt.state_dict()['state'].items() for k,t in s.items()}
     meta = dict(run=_identity(self.learn), epoch=self.epoch+1, log=self.log)
     tensors = self._parts() | state | {'rng/loader': self.dls.train.generator.get_state()}
-    save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, meta)
-    (self.folder/'log.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in self.log))
-    for old in self._files()[:-2]: old.unlink()
+    save_newest(self.folder, tensors, meta)
 
 @patch
 def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
@@ -254,6 +242,7 @@ def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
         for k,t in (parts | state).items(): t.copy_(tensors[k])
     self.dls.train.generator.set_state(tensors['rng/loader'])
     self.log, self.start = meta['log'], meta['epoch']
+    if is_first(): tidy(self.folder, self.log)
 
 # %% ../nbs/64_retrain.ipynb #2b905475
 class Retrained(NamedTuple):

@@ -6,9 +6,9 @@
 __all__ = ['environment', 'read_run', 'write_run', 'add_result', 'train_run', 'load_run', 'ensure_trained', 'score_run',
            'fingerprint', 'get_truth', 'rank_run', 'rank_seeds', 'search_run', 'retrain_run', 'export_run']
 
-# %% ../nbs/93_runs.ipynb #4b8b2344
+# %% ../nbs/93_runs.ipynb #b6e3dd3f
 import json, os, platform, subprocess, sys, time, zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial, reduce
 from importlib.metadata import version
@@ -29,9 +29,11 @@ from .rank import over_seeds, rank_scores
 from .retrain import get_recipe, retrain
 from .search import make_search
 from .tables import get_table, latency, reference, write_parquet
-from .train import CheckpointCallback, Learner, cosine, load_newest, plain_errors
+from .checkpoint import CheckpointCallback, load_newest, plain_errors
+from .files import locked, write_json
+from .train import Learner, cosine
 
-# %% ../nbs/93_runs.ipynb #d197179f
+# %% ../nbs/93_runs.ipynb #09bb0658
 def _commit() -> str|None: # the last one that changed the package, if it lies in a repository
     where = FilePath(kshot.__file__).parent
     try: git = subprocess.run(['git', '-C', where, 'log', '-1', '--format=%h', '--', where], capture_output=True, text=True)
@@ -50,36 +52,39 @@ def read_run(
     folder:FilePath, # of a run
 ) -> dict:           # content of `run.json`
     "Record of a run; `ValueError` if the folder holds none."
-    try: return json.loads((FilePath(folder)/'run.json').read_text())
-    except (OSError, ValueError) as e: raise ValueError(f'folder {str(folder)!r} holds no run: no readable run.json') from e
+    try: record = json.loads((FilePath(folder)/'run.json').read_text())
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f'folder {str(folder)!r} holds no run: no readable run.json') from e
+    for k in ('config', 'results'):
+        if not isinstance(record, dict) or not isinstance(d := record.get(k), dict) or k == 'results' and not all(isinstance(v, dict) for v in d.values()):
+            raise ValueError(f'folder {str(folder)!r} holds no run: its run.json has no {k!r}')
+    return record
 
 def write_run(
     folder:FilePath, # of a run
     record:dict,     # what `run.json` shall hold
 ):
     "Replace `run.json`, from the first process; `ValueError` if it can't be written, and then it is what it was."
-    folder = FilePath(folder)
-    if not is_first(): return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tmp = folder/f'.run.json.{os.getpid()}'
-        try: tmp.write_text(json.dumps(record, indent=1)+'\n'); os.replace(tmp, folder/'run.json')
-        finally: tmp.unlink(missing_ok=True)
-    except OSError as e: raise ValueError(f'{str(folder/"run.json")!r} cannot be written: {e.strerror}') from e
+    if is_first(): write_json(FilePath(folder)/'run.json', record)
 
 def add_result(
     folder:FilePath, # of a run
     name:str,        # 'rank', 'search', ...
     result:dict,     # what JSON can hold
-    started:float,   # `time.time()` when the work began
+    started:float,   # `time.monotonic()` when the work began
 ) -> dict:           # `result`
     "Put one result into `run.json`, with the seconds it took."
-    record = read_run(folder)
-    record['results'][name], record['seconds'][name] = result, round(time.time()-started, 1)
-    write_run(folder, record)
+    if not is_first(): return result
+    with locked(FilePath(folder)/'.run.json.lock', wait=True): # several processes may search one run
+        record = read_run(folder)
+        record['results'][name], record['seconds'][name] = result, round(time.monotonic()-started, 1)
+        write_run(folder, record)
     return result
 
-# %% ../nbs/93_runs.ipynb #d994876e
+def _at_work(folder:FilePath): # of a run or of a retraining
+    "Context that one process at a time is in, as one for all of a job; `ValueError` if somebody is."
+    return locked(FilePath(folder)/'.lock') if is_first() else nullcontext()
+
+# %% ../nbs/93_runs.ipynb #ed4a5e98
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
@@ -94,6 +99,7 @@ def train_run(
         raise ValueError(f'folder {str(folder)!r} is not empty: resume it or choose another')
     with distributed() as shard, plain_errors(), ExitStack() as stack:
         learn = make_learner(config, shard)
+        stack.enter_context(_at_work(folder))
         cb = CheckpointCallback(folder, resume=resume and any(folder.glob('checkpoint/*')))
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
         if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
@@ -101,22 +107,25 @@ def train_run(
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
         is_whole = len(cb.log) == config.epochs or getattr(learn.k_shot.sampler, 'is_done', False)
         updates = len(cb.log)*len(learn.dls.train)*learn.k_shot.sampler.n_a_step # forward and backward passes over a batch
-        if is_first() and is_whole: add_result(folder, 'train', cb.log[-1] | dict(updates=updates), time.time()-cb.seconds)
+        if is_first() and is_whole: add_result(folder, 'train', cb.log[-1] | dict(updates=updates), time.monotonic()-cb.seconds)
         elif is_first(): print(f'{str(folder)!r} has {len(cb.log)} of {config.epochs} epochs: resume it to go on', file=sys.stderr)
         agree('done', 'the end')() # what the first one wrote is there when the others return
     return learn
 
-# %% ../nbs/93_runs.ipynb #1dbfd148
+# %% ../nbs/93_runs.ipynb #6f2094d6
 def load_run(
     folder:FilePath, # of a run
     shard:World=World(), # which part of every batch
 ) -> tuple[Config, Learner]: # its configuration, a learner with the newest weights
     "Supernets and codes of a run; `ValueError` if the folder holds none that can be read."
     config = _config(folder)
-    if 'train' not in read_run(folder)['results']:
+    if (trained := read_run(folder)['results'].get('train')) is None:
         raise ValueError(f'folder {str(folder)!r} holds a run that is not trained to its end: resume it first')
     learn = make_learner(config, shard)
-    learn.k_shot.load_model(*load_newest(folder))
+    tensors, meta = load_newest(folder)
+    if (last := trained.get('epoch')) != (epoch := meta.get('epoch')): # the newest can't be read
+        raise ValueError(f'folder {str(folder)!r} holds weights of epoch {epoch}, expected {last}: resume the training')
+    learn.k_shot.load_model(tensors, meta)
     return config, learn
 
 def _config(folder:FilePath) -> Config: # of a run
@@ -142,7 +151,7 @@ def ensure_trained(
     begun = _is_of(folder, config)
     if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun, progress=progress)
 
-# %% ../nbs/93_runs.ipynb #38a3172b
+# %% ../nbs/93_runs.ipynb #f637c691
 def score_run(
     folder:FilePath,     # of a run
     paths:list[str]|None=None, # formatted; None: every path of the space
@@ -151,12 +160,13 @@ def score_run(
     progress:bool=False, # show a bar?
 ) -> pd.DataFrame:       # columns path, acc_super, loss_super, macs, n_params, K, seed; also in `folder/scores.parquet`
     "Score paths of a trained run; `ValueError` if the folder holds scores that were made in another way."
-    with distributed() as shard:
+    read_run(folder) # or there is nothing to lock
+    with distributed() as shard, _at_work(folder):
         done, wanted = _score(FilePath(folder), paths, dict(n_calibration=n_calibration, bf16=bf16), progress and is_first(), shard)
         agree('done', 'the end')()
     return done.set_index('path').loc[wanted].reset_index()
 
-# %% ../nbs/93_runs.ipynb #9cbcf7e2
+# %% ../nbs/93_runs.ipynb #55f8af7b
 def fingerprint(
     learn:Learner, # with weights
 ) -> str:          # 8 hexadecimal digits
@@ -165,7 +175,7 @@ def fingerprint(
     return f'{reduce(lambda crc, t: zlib.crc32(t.cpu().contiguous().numpy(), crc), tensors, 0):08x}'
 
 def _score(folder, paths, how, progress, shard) -> tuple[pd.DataFrame, list[str]]: # all scores there are, what was asked for
-    started, (config, learn), fname = time.time(), load_run(folder, shard), folder/'scores.parquet'
+    started, (config, learn), fname = time.monotonic(), load_run(folder, shard), folder/'scores.parquet'
     space, record, how = space_of(config), read_run(folder), how | dict(bf16=how['bf16'] or learn.model.bf16, weights=fingerprint(learn))
     had = record['results'].get('score') if fname.exists() else None
     if had and any(had.get(k) != v for k,v in how.items()):
@@ -189,7 +199,7 @@ def _score(folder, paths, how, progress, shard) -> tuple[pd.DataFrame, list[str]
             add_result(folder, 'score', how | dict(n_paths=len(done)), started)
     return done, [space.format(p) for p in wanted]
 
-# %% ../nbs/93_runs.ipynb #162925fa
+# %% ../nbs/93_runs.ipynb #f928ebc2
 def get_truth(
     table:str,       # name of a benchmark table
     n:int|None=None, # paths drawn; None: all
@@ -209,7 +219,7 @@ def rank_run(
     **how,           # `n_calibration`, `bf16` and `progress` of `score_run`
 ) -> pd.DataFrame:   # as `rank_scores`
     "Score a run and rank its paths against a table; `ValueError` as in `get_truth` and `score_run`."
-    started, truth = time.time(), get_truth(**asked)
+    started, truth = time.monotonic(), get_truth(**asked)
     frame = rank_scores(score_run(folder, truth.index.tolist(), **how), truth)
     with distributed():
         add_result(folder, 'truth', asked, started)
@@ -217,7 +227,7 @@ def rank_run(
         agree('done', 'the end')()
     return frame
 
-# %% ../nbs/93_runs.ipynb #8737d7cf
+# %% ../nbs/93_runs.ipynb #27979d75
 def rank_seeds(
     config:Config,   # what to train; its seed is the first
     folder:FilePath, # of the experiment: a run `seed_S` for each seed
@@ -227,7 +237,7 @@ def rank_seeds(
 ) -> pd.DataFrame:   # a row a scorer: means over the seeds and `METRIC_std`
     "Train, score and rank with several seeds; `ValueError` if the folder holds another experiment, and as in `rank_run`."
     if seeds < 1: raise ValueError(f'seeds={seeds}, expected at least 1')
-    started, folder, frames = time.time(), FilePath(folder), {}
+    started, folder, frames = time.monotonic(), FilePath(folder), {}
     if (space := get_table(asked['table']).space) != config.space:
         raise ValueError(f"table {asked['table']!r} is of space {space!r}, expected {config.space!r}")
     truth = get_truth(**asked) # a question that it does not answer fails before anything is trained
@@ -244,11 +254,11 @@ def rank_seeds(
     if is_first(): write_parquet(pd.concat([s[s.path.isin(truth.index)] for s in scores], ignore_index=True), folder/'scores.parquet')
     frame = over_seeds(list(frames.values()))
     results = dict(truth=asked, rank=_by_scorer(frame), per_seed={s: _by_scorer(f) for s,f in frames.items()})
-    write_run(folder, record | dict(results=results, seconds=dict(rank=round(time.time()-started, 1))))
+    write_run(folder, record | dict(results=results, seconds=dict(rank=round(time.monotonic()-started, 1))))
     agree('done', 'the end')()
     return frame
 
-# %% ../nbs/93_runs.ipynb #7e8df47f
+# %% ../nbs/93_runs.ipynb #dfdcee46
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
@@ -261,7 +271,7 @@ def search_run(
     progress=False,         # a bar, or a function, as in `kshot.search`
 ) -> pd.DataFrame:          # scored paths, best first; also in `folder/search.parquet`
     "Search a trained run for the best path under budgets; one that is stopped has no result yet. `ValueError` as in `kshot.search`."
-    started, folder, budgets = time.time(), FilePath(folder), {k: v for k,v in (budgets or {}).items() if v is not None}
+    started, folder, budgets = time.monotonic(), FilePath(folder), {k: v for k,v in (budgets or {}).items() if v is not None}
     config, learn = load_run(folder)
     space, codes, batches = space_of(config), learn.k_shot.codes, learn.dls.train.fixed(n_calibration) if n_calibration else None
     cost = cost_of(config, learn.dls)
@@ -289,7 +299,7 @@ def search_run(
         agree('written', 'the end')()
     return frame
 
-# %% ../nbs/93_runs.ipynb #395c5b99
+# %% ../nbs/93_runs.ipynb #6d11e10b
 def retrain_run(
     folder:FilePath,     # of a run
     path:str|None=None,  # formatted; None: the best that `search_run` found
@@ -300,7 +310,7 @@ def retrain_run(
     progress:bool=False, # report every epoch?
 ) -> dict:               # path, costs, acc_valid and acc_alone (test) 0-1
     "Train one path alone and save it, or go on with it; `ValueError` if no path is given and none was found, and as in `kshot.retrain`."
-    started, folder, record = time.time(), FilePath(folder), read_run(folder)
+    started, folder, record = time.monotonic(), FilePath(folder), read_run(folder)
     config, how = alone(_config(folder)), get_recipe(recipe, epochs, bs=bs)
     if path is None and 'search' not in record['results']: raise ValueError(f'folder {str(folder)!r} has no search result: name a path')
     p = space_of(config).parse(path or record['results']['search']['path'])
@@ -310,7 +320,7 @@ def retrain_run(
         module = subnet(net, p).to(memory_format=torch.channels_last)
         half = [MixedPrecision(amp_mode=AMPMode.BF16)] if config.bf16 and dls.device.type == 'cuda' else []
         where = folder/'retrain'/f'{recipe}_{how.epochs}_bs{dls.train.bs}_seed{seed}_{space.format(p)}'
-        _, ema = retrain(module, dls, how, where, True, seed, progress and is_first(), half)
+        with _at_work(where): _, ema = retrain(module, dls, how, where, True, seed, progress and is_first(), half)
         (acc_valid,_), (acc_alone,_) = (accuracy_loss(ema or module, dl, is_shared=True) for dl in list(dls)[1:])
         result = dict(path=space.format(p), acc_valid=acc_valid, acc_alone=acc_alone, recipe=recipe, epochs=how.epochs,
                       bs=dls.train.bs, seed=seed)
@@ -318,7 +328,8 @@ def retrain_run(
         about = net_args(config, dls.c)
         about = dict(space=about.pop('name'), **about, native=space.native(p), x_shape=dls.train.x_shape) | result | dict(path=p)
         if is_first():
-            for f in (where, folder): save_subnet(f, module, about, ema) # the run's own is that of the last retraining
+            with locked(folder/'.subnet.lock', wait=True): # the run's own is that of the last retraining
+                for f in (where, folder): save_subnet(f, module, about, ema)
             add_result(folder, 'retrain', result, started)
         agree('done', 'the end')()
     return result

@@ -26,7 +26,7 @@ def macro_space() -> Space:
     "NAS-Bench-Macro: eight layers of three ops, 6,561 paths."
     return Space('macro', tuple(Block(f'layer {l}', ('identity', 'mb3_k3', 'mb6_k5')) for l in range(8)))
 
-# %% ../nbs/05_spaces.ipynb #1f525c11
+# %% ../nbs/05_spaces.ipynb #9311cc00
 NB201_OPS = ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')
 NB201_EDGES = ((0,1), (0,2), (1,2), (0,3), (1,3), (2,3)) # (from, to) of each choice
 
@@ -42,7 +42,7 @@ def parse_nb201(
 ) -> Path:     # op index per edge
     "Path of a string; `ValueError` if it is none."
     found = re.findall(r'(\w+)~(\d)', s)
-    if bad := [o for o,_ in found if o not in NB201_OPS]: raise ValueError(f'op {bad[0]!r}, expected one of {", ".join(NB201_OPS)}')
+    if bad := [o for o,_ in found if o not in NB201_OPS]: raise ValueError(f'op {bad[0][:80]!r}, expected one of {", ".join(NB201_OPS)}')
     path, form = tuple(NB201_OPS.index(o) for o,_ in found), nb201_string((0,)*6)
     if len(path) != 6 or nb201_string(path) != s.strip(): raise ValueError(f'cell {s[:120]!r}, expected {form!r} with other ops')
     return path
@@ -58,7 +58,7 @@ def nb101_space() -> Space:
     ops = tuple(Block(f'vertex {v}', NB101_OPS) for v in range(1, 6))
     return Space('nb101', edges+ops, is_cell, nb101_cells, (nb101_string, parse_nb101))
 
-# %% ../nbs/05_spaces.ipynb #6c87e477
+# %% ../nbs/05_spaces.ipynb #bf2c3747
 DARTS_OPS = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
 DARTS_CELLS = ('normal', 'reduce')
 
@@ -69,17 +69,17 @@ def darts_path(
     "Path of a genotype; `ValueError` if it is none, or concatenates a choice of nodes where there is none."
     path, outs = [], []
     for name in DARTS_CELLS:
-        cell, concat = genotype.get(name, ()), sorted(genotype.get(f'{name}_concat', ()))
+        cell, concat = genotype.get(name, ()), [*genotype.get(f'{name}_concat', ())]
         if len(cell) != 8: raise ValueError(f'{name} cell of {len(cell)} edges, expected 8')
         for i,edge in enumerate(cell):
             if not isinstance(edge, (list, tuple)) or len(edge) != 2:
-                raise ValueError(f'{name} cell: edge {edge!r}, expected an op and a node')
+                raise ValueError(f'{name} cell: edge {str(edge)[:80]}, expected an op and a node')
             op, node = edge
-            if op not in DARTS_OPS: raise ValueError(f'op {op!r}, expected one of {", ".join(DARTS_OPS)}')
-            if node not in range(2+i//2): raise ValueError(f'{name} cell: node {2+i//2} reads node {node}, expected 0 to {1+i//2}')
+            if op not in DARTS_OPS: raise ValueError(f'op {str(op)[:80]!r}, expected one of {", ".join(DARTS_OPS)}')
+            if node not in range(2+i//2): raise ValueError(f'{name} cell: node {2+i//2} reads node {str(node)[:80]}, expected 0 to {1+i//2}')
             path += DARTS_OPS.index(op), int(node)
-        if not (set(concat) <= {2,3,4,5} if has_concat else concat == [2,3,4,5]):
-            raise ValueError(f'{name}_concat {concat}, expected {"nodes 2 to 5" if has_concat else "[2, 3, 4, 5]"}')
+        if not all(v in (2,3,4,5) for v in concat) or not (has_concat or sorted(concat) == [2,3,4,5]):
+            raise ValueError(f'{name}_concat {str(concat)[:80]}, expected {"nodes 2 to 5" if has_concat else "[2, 3, 4, 5]"}')
         outs += [int(v in concat) for v in (2,3,4,5)]
     return tuple(path + outs*has_concat)
 

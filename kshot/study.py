@@ -6,14 +6,13 @@
 __all__ = ['N_KEPT', 'METRICS', 'ranking', 'measure', 'run_row', 'study_rows', 'begin_study', 'collect', 'queue', 'work',
            'run_study', 'report_study', 'study']
 
-# %% ../nbs/99_study.ipynb #e84d7cb1
-import json, math, os, signal, sys, time
+# %% ../nbs/99_study.ipynb #3d2eb5be
+import json, math, os, re, signal, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path as FilePath
-from threading import Thread
 import numpy as np
 import pandas as pd
 import torch
@@ -22,6 +21,7 @@ from .command import command
 from .config import Config, space_of
 from .distributed import world
 from .effects import effects, flips, plot_effects, plot_heuristic, plot_metrics, summary
+from .files import Unwritable, write_json
 from .grid import Row, read_study, split_settings
 from .launch import set_threads
 from .page import write_report
@@ -29,7 +29,7 @@ from .rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
 from .runs import add_result, ensure_trained, environment, get_truth, read_run, score_run, write_run
 from .search import FileLock, Search, make_search
 from .space import Block, Space
-from .tables import get_table, list_tables, reference, write_parquet
+from .tables import end_with_parent, get_table, list_tables, reference, write_parquet
 
 # %% ../nbs/99_study.ipynb #ece2475f
 N_KEPT = dict.fromkeys(('nb101', 'darts', 'nds'), 5) # best paths by score that a search keeps; elsewhere 10
@@ -60,7 +60,7 @@ def ranking(
     out |= dict(tau_macs=kendall_tau(scores.macs, alone), tau_params=kendall_tau(scores.n_params, alone), acc_alone=float(alone.mean()))
     return out | dict(ceiling=seed_ceiling(whole.T.to_numpy()) if whole.shape[1] > 1 else math.nan)
 
-# %% ../nbs/99_study.ipynb #ee888cb6
+# %% ../nbs/99_study.ipynb #221d7354
 def measure(
     row:Row,         # what to do
     folder:FilePath, # of its run
@@ -85,26 +85,35 @@ def run_row(
     where, locks = folder/row.name, folder/'locks'
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks/row.name):
-        started, config = time.time(), asdict(split_settings(row)[0])
+        started, config = time.monotonic(), asdict(split_settings(row)[0])
         if not (where/'run.json').exists(): write_run(where, dict(config=config, **environment(), results={}, seconds={}))
         if (had := read_run(where)['config']) != config: raise ValueError(f'{row.name} holds a run with {had}, expected {config}')
         if (done := _result(where)) is not None: return done
         try: found = measure(row, where)
+        except Unwritable: raise # the row is as good as it was
         except (ValueError, TypeError, RuntimeError) as e:
             found = dict(error=f'{e}' or type(e).__name__)
             print(f'{row.name}: {found["error"]}', file=sys.stderr)
-        return add_result(where, 'row', {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in found.items()}, started)
+        return add_result(where, 'row', found, started)
 
 def _result(where:FilePath) -> dict|None: # None: not done
     return read_run(where)['results'].get('row') if (where/'run.json').exists() else None
 
-# %% ../nbs/99_study.ipynb #869192e6
+# %% ../nbs/99_study.ipynb #59f5b86b
 def study_rows(
     folder:FilePath, # of a study
 ) -> list[Row]:      # that it consists of
     "Rows of a study that was begun; `ValueError` if the folder holds none."
-    try: return [Row(*r) for r in json.loads((folder/'study.json').read_text())]
-    except (OSError, ValueError, TypeError) as e: raise ValueError(f'folder {str(folder)!r} holds no study: no readable study.json') from e
+    try:
+        said = json.loads((folder/'study.json').read_text())
+        if not (said and isinstance(said, list)): raise ValueError('no list of rows')
+        rows = [Row(*r) for r in said]
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f'folder {str(folder)!r} holds no study: no readable study.json') from e
+    for r in rows: # a name is that of a folder inside
+        if not (isinstance(r.name, str) and re.fullmatch(r'(?!\.+$)[\w.,=+-]+', r.name) and isinstance(r.settings, dict)):
+            raise ValueError(f'folder {str(folder)!r} holds no study: a row is called {r.name!r}')
+    return rows
 
 def begin_study(
     rows:list[Row],  # at least those that it has
@@ -119,8 +128,7 @@ def begin_study(
             if (r := wanted.get(had.name)) != had:
                 what = f'{had.name} with {had.settings}, expected {r and r.settings}'
                 raise ValueError(f'folder {str(folder)!r} holds a study of {what}: choose another --name')
-        (tmp := folder/'.study.json').write_text(json.dumps(rows))
-        os.replace(tmp, folder/'study.json')
+        write_json(folder/'study.json', rows)
 
 def _has_study(folder:FilePath) -> bool: return (folder/'study.json').exists()
 
@@ -166,11 +174,10 @@ def work(
     is_done = lambda path: 1. if run_row(rows[path[0]], folder) else 0. # a number, as a search wants it
     queue(folder).run(is_done, len(rows), 'exhaustive', progress=progress)
 
-# %% ../nbs/99_study.ipynb #086797ed
+# %% ../nbs/99_study.ipynb #5fdb9ecb
 def _helper(folder:FilePath, i:int, threads:int): # one of several processes on this machine
     signal.signal(signal.SIGINT, signal.SIG_IGN) # who started it ends it
-    end = lambda: (wait([parent_process().sentinel]), os._exit(1)) # a killed parent leaves nobody behind
-    Thread(target=end, daemon=True).start()
+    end_with_parent()
     if torch.cuda.is_available(): torch.cuda.set_device(i%torch.cuda.device_count())
     try:
         with redirect_stdout(sys.stderr): work(folder, threads=threads)

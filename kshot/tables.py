@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'TABLES', 'REFERENCE', 'Table', 'read_table', 'write_parquet', 'write_table', 'summary', 'train_path',
-           'read_log', 'make_table', 'tables_folder', 'import_table', 'get_table', 'list_tables', 'devices', 'latency',
-           'n_convs', 'path_costs', 'reference', 'baselines']
+           'make_table', 'end_with_parent', 'tables_folder', 'import_table', 'get_table', 'list_tables', 'devices',
+           'latency', 'n_convs', 'path_costs', 'reference', 'baselines']
 
-# %% ../nbs/80_tables.ipynb #23f8e3dc
+# %% ../nbs/80_tables.ipynb #7318b8b1
 import io, json, os, re, sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path as FilePath
+from threading import Thread
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -26,6 +29,7 @@ from fastprogress.fastprogress import progress_bar
 from .cost import Cost
 from .data import get_data
 from .evaluate import accuracy_loss
+from .files import Unwritable, locked, read_log, replacing, to_json, write_file
 from .importers import COLUMNS, IMPORTERS, RAW_LATENCY, as_rows, find_raw, import_latency, import_rows
 from .nb101 import nb101_hash
 from .networks import NETS, X_SHAPES, get_net, subnet
@@ -79,7 +83,12 @@ class Table:
         "All rows."
         return self.open().read().to_pandas()
 
-# %% ../nbs/80_tables.ipynb #223ecae7
+# %% ../nbs/80_tables.ipynb #a254dd58
+def _is_info(info) -> bool: # as `write_table` makes it
+    kinds, groups = dict(dataset=str, split=str, epochs=int, seeds=list, n_rows=int, n_paths=int), isinstance(info, dict) and info.get('groups')
+    named = groups and isinstance(groups, list) and all(isinstance(info.get(k), str) for k in ('space', 'source'))
+    return bool(named) and all(isinstance(g, dict) and all(isinstance(g.get(k), t) for k,t in kinds.items()) for g in groups)
+
 def read_table(
     file:FilePath|bytes, # Parquet, as `write_table` makes it
     name:str|None=None,  # of the table; None: the file's
@@ -90,30 +99,22 @@ def read_table(
         parquet = pq.ParquetFile(io.BytesIO(file) if isinstance(file, bytes) else file)
         info = json.loads((parquet.schema_arrow.metadata or {}).get(b'kshot', 'null'))
     except (OSError, ValueError) as e: raise ValueError(f'table file {str(path)!r} cannot be read: {str(e).splitlines()[0]}') from e
-    if info is None: raise ValueError(f'table file {str(path)!r} is no table of kshot: kshot_tables import makes one of it')
+    if not _is_info(info): raise ValueError(f'table file {str(path)!r} is no table of kshot: kshot_tables import makes one of it')
     lacks = [c for c in COLUMNS if c not in parquet.schema_arrow.names]
     if lacks: raise ValueError(f'table file {str(path)!r} lacks the column {lacks[0]!r}')
     sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     if sizes != [g['n_rows'] for g in info['groups']]: raise ValueError(f'table file {str(path)!r} holds other rows than it says')
     return Table(name or path.stem, path or file, info)
 
-# %% ../nbs/80_tables.ipynb #65638f3d
+# %% ../nbs/80_tables.ipynb #6e3027a6
 def write_parquet(
     frame:pd.DataFrame, # what to keep
     fname:FilePath,     # written whole or not at all
 ):
-    "Parquet through a temporary name, so that an interrupted write leaves what was there."
-    _whole(fname, lambda tmp: frame.to_parquet(tmp, compression='zstd', index=False))
+    "Replace a Parquet file; `ValueError` as in `kshot.files.replacing`."
+    with replacing(fname) as tmp: frame.to_parquet(tmp, compression='zstd', index=False)
 
-def _whole(fname:FilePath, write:Callable):
-    "Calls `write` with a temporary name, which becomes `fname` when all is written."
-    fname = FilePath(fname)
-    fname.parent.mkdir(parents=True, exist_ok=True)
-    tmp = fname.with_name(f'.{fname.name}.{os.getpid()}')
-    try: write(tmp); os.replace(tmp, fname)
-    finally: tmp.unlink(missing_ok=True)
-
-# %% ../nbs/80_tables.ipynb #835b9188
+# %% ../nbs/80_tables.ipynb #ddcd0071
 def write_table(
     frame:pd.DataFrame,   # columns out of `COLUMNS` (empty where missing) and further ones
     fname:FilePath|None,  # written whole or not at all; None: in memory
@@ -130,9 +131,11 @@ def write_table(
     def write(sink):
         with pq.ParquetWriter(sink, schema, **packed) as f:
             for _,g in groups: f.write_table(pa.Table.from_pandas(g, schema, preserve_index=False), row_group_size=len(g))
-    if fname is not None: _whole(fname, write); return read_table(FilePath(fname), name)
-    write(sink := io.BytesIO())
-    return read_table(sink.getvalue(), name or space)
+    if fname is None:
+        write(sink := io.BytesIO())
+        return read_table(sink.getvalue(), name or space)
+    with replacing(fname) as tmp: write(tmp)
+    return read_table(FilePath(fname), name)
 
 # %% ../nbs/80_tables.ipynb #7035527e
 def summary(
@@ -219,14 +222,7 @@ def train_path(
     results = {split: accuracy_loss(module, dl) for split,dl in zip(('valid', 'test'), list(dls)[1:])}
     return [about | dict(split=split, acc=acc, loss=loss) for split,(acc,loss) in results.items()]
 
-# %% ../nbs/80_tables.ipynb #f18626e3
-def read_log(
-    fname:FilePath, # JSON lines
-) -> list[dict]:    # one dict a whole line
-    "Lines of a log; none if there is no file; a cut-off last line is left out."
-    if not fname.exists(): return []
-    return [json.loads(line) for line in fname.read_text().splitlines(keepends=True) if line.endswith('\n')]
-
+# %% ../nbs/80_tables.ipynb #5e3ea13a
 def make_table(
     name:str,             # of a space with a network and data
     folder:FilePath,      # for `NAME.jsonl`, the log, and `NAME.parquet`
@@ -235,20 +231,33 @@ def make_table(
     paths:list[str]|None=None, # formatted; None: every path of the space
     n_workers:int|None=None,   # processes; None: one a core
 ) -> Table:               # also in `folder/NAME.parquet`
-    "Train every path alone, resume what is half done."
-    folder = FilePath(folder); folder.mkdir(parents=True, exist_ok=True)
-    space, log = get_space(name), folder/f'{name}.jsonl'
-    paths = [space.format(p) for p in space] if paths is None else [space.format(space.parse(p)) for p in paths]
-    rows = read_log(log)
-    log.write_text(''.join(json.dumps(r)+'\n' for r in rows)) # without a cut-off line
-    done = {(r['path'], r['seed'], r['epochs']) for r in rows}
-    jobs = [(name, p, s, epochs) for s in range(seeds) for p in paths if (p, s, epochs) not in done]
-    with ProcessPoolExecutor(n_workers or os.cpu_count(), mp_context=get_context('spawn')) as pool, log.open('a') as f:
-        futures = [pool.submit(train_path, *j) for j in jobs]
-        for future in progress_bar(as_completed(futures), total=len(futures)):
-            f.writelines(json.dumps(r)+'\n' for r in future.result()); f.flush()
-    frame = pd.DataFrame(read_log(log)).assign(n_runs=1).query('epochs == @epochs and seed < @seeds and path in @paths')
-    return write_table(frame, folder/f'{name}.parquet', name, f'trained alone by kshot, {epochs} epochs')
+    "Train every path alone, resume what is half done; `ValueError` if another process does, or if the log is none."
+    folder, space = FilePath(folder), get_space(name)
+    paths, log = [space.format(p) for p in (space if paths is None else map(space.parse, paths))], folder/f'{name}.jsonl'
+    with locked(folder/f'.{name}.lock'):
+        key, rows = lambda r: (r.get('path'), r.get('seed'), r.get('epochs')), read_log(log)
+        n_rows = Counter(map(key, rows)) # two a training, one for each split
+        write_file(log, ''.join(to_json(r)+'\n' for r in rows if n_rows[key(r)] == 2))
+        jobs = [(name, p, s, epochs) for s in range(seeds) for p in paths if n_rows[p, s, epochs] != 2]
+        _train_paths(jobs, log, n_workers or os.cpu_count())
+        frame = pd.DataFrame(read_log(log)).assign(n_runs=1).query('epochs == @epochs and seed < @seeds and path in @paths')
+        return write_table(frame, folder/f'{name}.parquet', name, f'trained alone by kshot, {epochs} epochs')
+
+def _train_paths(jobs:list[tuple], log:FilePath, n_workers:int): # arguments of `train_path`
+    if not jobs: return
+    pool = ProcessPoolExecutor(n_workers, mp_context=get_context('spawn'), initializer=end_with_parent)
+    try:
+        with log.open('a') as f:
+            futures = [pool.submit(train_path, *j) for j in jobs]
+            for future in progress_bar(as_completed(futures), total=len(futures)):
+                f.write(''.join(to_json(r)+'\n' for r in future.result())); f.flush()
+    except OSError as e: raise Unwritable(f'{str(log)!r} cannot be written: {e.strerror or e}') from e
+    finally: pool.shutdown(cancel_futures=True) # who stops here does not wait for what has not begun
+
+def end_with_parent():
+    "Begin to watch the parent, in a process of `multiprocessing`: killed or not, it leaves nobody behind."
+    end = lambda: (wait([parent_process().sentinel]), os._exit(1))
+    Thread(target=end, daemon=True).start()
 
 # %% ../nbs/80_tables.ipynb #c14404e0
 TABLES = {'digits': 'digits.parquet'} # name -> file inside the package

@@ -4,32 +4,25 @@
 
 # %% auto #0
 __all__ = ['by_decay', 'sgd', 'cosine', 'SkipValidation', 'DropPathCallback', 'train_alone', 'KShotCallback', 'OwnLoss',
-           'kshot_learner', 'save_tensors', 'load_tensors', 'load_newest', 'CheckpointCallback', 'is_at_chance',
-           'TrainingStopped', 'broken_images', 'plain_errors']
+           'kshot_learner']
 
-# %% ../nbs/50_train.ipynb #15c12994
-import json, math, os, re, sys, time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+# %% ../nbs/50_train.ipynb #d3ab520e
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path as FilePath
 import numpy as np
 import torch
 from .data import DataLoaders # before fastai: it keeps a warning of its import quiet
-from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-                                  CancelValidException)
+from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException
 from fastai.callback.schedule import ParamScheduler, SchedCos, combine_scheds
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch, store_attr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
-from .distributed import agree, average_, average_stats, gather, is_first, mean, world
+from .distributed import agree, average_, average_stats, world
 from .sampler import UniformSampler, get_sampler
 from .sharing import set_drop_path
-from .simplex import SimplexNet, UniformCode, code_stats
+from .simplex import SimplexNet, UniformCode
 from .space import Path, Space
 from .supernet import Supernet
 
@@ -246,214 +239,3 @@ def kshot_learner(
     learn = Learner(dls, supernet, loss, opt_func=partial(sgd, wd=wd), splitter=by_decay, metrics=accuracy, cbs=cb)
     learn.recorder.smooth_loss = OwnLoss()
     return learn
-
-# %% ../nbs/50_train.ipynb #e815fa3a
-def save_tensors(
-    fname:FilePath,            # written whole or not at all
-    tensors:dict[str, Tensor], # by name
-    meta:dict,                 # what JSON can hold
-):
-    "Tensors and metadata in one safetensors file; `ValueError` if it can't be written, and then what was there is still there."
-    fname = FilePath(fname)
-    tmp = fname.with_name(f'.{fname.name}.{os.getpid()}')
-    try:
-        fname.parent.mkdir(parents=True, exist_ok=True)
-        with tmp.open('wb') as f:
-            f.write(safetensors_bytes({k: t.detach().cpu().contiguous() for k,t in tensors.items()}, {'kshot': json.dumps(meta)}))
-            f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, fname)
-    except OSError as e:
-        with suppress(OSError): tmp.unlink()
-        raise ValueError(f'{str(fname)!r} cannot be written: {e.strerror}') from e
-
-def load_tensors(
-    fname:FilePath, # what `save_tensors` wrote
-) -> tuple[dict[str, Tensor], dict]: # tensors by name, metadata
-    "Tensors and metadata of a file; `ValueError` if it is missing, truncated or of another origin."
-    try:
-        with safe_open(str(fname), 'pt') as f: return {k: f.get_tensor(k).clone() for k in f.keys()}, json.loads(f.metadata()['kshot'])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f'{str(fname)!r} is no checkpoint of kshot: {str(e).splitlines()[0]}') from e
-
-# %% ../nbs/50_train.ipynb #736f4900
-def _identity(cb:KShotCallback) -> dict: # what must agree between a checkpoint and a run
-    space = cb.sampler.space
-    return dict(format=1, space=space.name, blocks=[list(b.choices) for b in space.blocks], K=cb.learn.model.K,
-                track=cb.learn.model.track, codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
-
-@patch
-def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
-    "Everything of a run in progress: tensors by name, and the rest for JSON."
-    model, opt = self.learn.model, self.learn.opt.opt
-    momentum = {k: opt.state[b]['momentum_buffer'] for k,b in model.banks.items()}
-    out = {f'weights/{n}': t for n,t in model.tensors().items()} | {f'momentum/{n}': t for n,t in model.tensors(momentum).items()}
-    out |= {f'codes/{n}': t for n,t in self.codes.state_dict().items()} | {f'stats/{n}': t for n,t in model.net.state_dict().items()}
-    adam = self.opt_codes.state_dict()['state'] if self.learns else {}
-    out |= {f'adam/{i}/{k}': torch.as_tensor(v) for i,s in adam.items() for k,v in s.items()}
-    if self.kept: out['kept'] = torch.stack([g for _,g in self.kept])
-    out |= {'rng/loader': self.learn.dls.train.generator.get_state(), 'rng/torch': torch.get_rng_state()}
-    if torch.cuda.is_available(): out['rng/cuda'] = torch.cuda.get_rng_state()
-    return out, dict(run=_identity(self), epoch=self.learn.epoch+1, n_epoch=self.learn.n_epoch,
-                     sampler=self.sampler.state(), kept=[p for p,_ in self.kept])
-
-# %% ../nbs/50_train.ipynb #840c724c
-def _part(tensors, prefix): return {n.removeprefix(prefix): t for n,t in tensors.items() if n.startswith(prefix)}
-
-@patch
-def load_model(self:KShotCallback,
-    tensors:dict[str, Tensor], # what `state` returned
-    meta:dict,                 # likewise
-):
-    "Take over supernets and code module; `ValueError` if they are of another kind of run, and then nothing has changed."
-    for k,v in _identity(self).items():
-        if meta.get('run', {}).get(k) != v: raise ValueError(f"checkpoint of {k} {meta.get('run', {}).get(k)!r}, expected {v!r}")
-    banks = self.learn.model.from_tensors(_part(tensors, 'weights/'))
-    with torch.no_grad():
-        for k,b in self.learn.model.banks.items(): b.copy_(banks[k])
-    self.codes.load_state_dict(_part(tensors, 'codes/'))
-    if self.learn.model.track: self.learn.model.net.load_state_dict(_part(tensors, 'stats/'))
-
-@patch
-def load_state(self:KShotCallback,
-    tensors:dict[str, Tensor], # what `state` returned
-    meta:dict,                 # likewise
-):
-    "Go on where `state` was taken, in the middle of a fit; `ValueError` as in `load_model` or for another number of epochs."
-    if meta.get('n_epoch') != self.learn.n_epoch:
-        raise ValueError(f"checkpoint of {meta.get('n_epoch')} epochs, expected {self.learn.n_epoch}")
-    self.load_model(tensors, meta)
-    model, opt = self.learn.model, self.learn.opt.opt
-    momentum, adam = model.from_tensors(_part(tensors, 'momentum/')), {}
-    for k,b in model.banks.items(): opt.state[b]['momentum_buffer'].copy_(momentum[k])
-    for n,t in _part(tensors, 'adam/').items(): adam.setdefault(int(n.split('/')[0]), {})[n.split('/')[1]] = t
-    if self.learns: self.opt_codes.load_state_dict({**self.opt_codes.state_dict(), 'state': adam})
-    device = next(self.learn.model.parameters()).device
-    self.kept = [(tuple(p), g.to(device)) for p,g in zip(meta['kept'], tensors.get('kept', ()))]
-    self.sampler.load_state(meta['sampler'])
-    self.learn.dls.train.generator.set_state(tensors['rng/loader'])
-    torch.set_rng_state(tensors['rng/torch'])
-    if torch.cuda.is_available() and 'rng/cuda' in tensors: torch.cuda.set_rng_state(tensors['rng/cuda'])
-
-# %% ../nbs/50_train.ipynb #446d801e
-def load_newest(
-    folder:FilePath, # of a run
-) -> tuple[dict[str, Tensor], dict]: # as `load_tensors`
-    "Newest checkpoint of a run that can be read; `ValueError` if there is none."
-    for fname in sorted(FilePath(folder).glob('checkpoint/epoch_*.safetensors'), reverse=True):
-        try: return load_tensors(fname)
-        except ValueError as e: print(f'{e}; trying the one before', file=sys.stderr)
-    raise ValueError(f'folder {str(folder)!r} has no checkpoint that can be read')
-
-# %% ../nbs/50_train.ipynb #27948cb8
-class CheckpointCallback(Callback):
-    "Save a run after each epoch into `folder/checkpoint` and its log into `folder/log.jsonl`; or go on with what is there."
-    order = 65 # the recorder and the schedule are done with the epoch
-    def __init__(self,
-        folder:FilePath,   # of the run
-        resume:bool=False, # go on from the newest checkpoint? otherwise there must be none
-    ):
-        self.folder, self.resume, self.log, self.start, self.broken, self.seconds = FilePath(folder), resume, [], 0, set(), 0.
-        if not resume and self.files: raise ValueError(f'folder {str(folder)!r} holds a run already: resume it or choose another')
-
-    @property
-    def files(self) -> list[FilePath]: return sorted(self.folder.glob('checkpoint/epoch_*.safetensors')) # oldest first
-
-    def before_fit(self):
-        self.began = time.time() # of what is not yet in `seconds`
-        if not self.resume: return
-        tensors, meta = load_newest(self.folder)
-        self.learn.k_shot.load_state(tensors, meta)
-        self.log, self.start, self.seconds = meta['log'], meta['epoch'], meta['seconds']
-        self.broken = {n for r in self.log for n in r.get('broken', [])}
-
-    def before_epoch(self):
-        if self.epoch < self.start: raise CancelEpochException
-        if getattr(self.learn.k_shot.sampler, 'is_done', False): raise CancelFitException # the greedy sampler finds nothing new
-
-    def before_train(self): self.losses, self.paths, self.n_valid = [], [], 0
-    def after_batch(self):
-        if not self.training: self.n_valid += sum(map(len, self.yb)); return
-        self.losses.append(self.learn.loss.detach())
-        self.paths.append(self.learn.k_shot.paths[-1])
-        if len(self.losses) % 50 == 0: self._check_losses()
-
-    def after_epoch(self):
-        if self.epoch < self.start: return
-        self._check_losses()
-        loss_valid, acc = mean([float(o) for o in self.learn.recorder.values[-1][1:]], self.n_valid)
-        self._check_accuracy(acc)
-        with torch.no_grad(): stats = code_stats(self.learn.k_shot.codes(self.learn.k_shot.panel))
-        row = dict(epoch=self.epoch+1, loss=torch.stack(self.losses).mean().item(), loss_valid=loss_valid, acc_valid=acc)
-        self.log.append(row | {f'code_{k}': v for k,v in stats.items()} | self._broken())
-        self._save()
-
-# %% ../nbs/50_train.ipynb #c86448ac
-def is_at_chance(
-    acc:float,     # accuracy 0-1
-    best:float,    # that it had
-    n_classes:int, # classes
-    n:int,         # images
-) -> bool:
-    "Whether an accuracy has lost nine tenths of what it had clearly gained over guessing."
-    chance = 1/n_classes
-    return best - chance > 10*math.sqrt(chance*(1-chance)/n) and acc - chance < .1*(best - chance)
-
-class TrainingStopped(ValueError):
-    "Training that can't go on: its loss is not finite, or its accuracy is back at chance."
-
-@patch
-def _stop(self:CheckpointCallback, where:str, what:str):
-    kept = f'the checkpoint of epoch {self.epoch} is kept' if self.files else 'there is no checkpoint yet'
-    raise TrainingStopped(f'training stopped in epoch {self.epoch+1}{where}: {what}; {kept}. A smaller learning rate may help')
-
-@patch
-def _check_losses(self:CheckpointCallback):
-    "`ValueError` if one of the last 50 losses is not finite."
-    start = (len(self.losses)-1)//50*50
-    finite = torch.stack(self.losses[start:]).isfinite()
-    if finite.all(): return
-    i = start + int(finite.long().argmin())
-    self._stop(f', batch {i+1}', f'loss {self.losses[i].item()} at path {self.paths[i]}, expected a finite number')
-
-@patch
-def _check_accuracy(self:CheckpointCallback, acc:float):
-    "`ValueError` if the accuracy of the panel is back at chance; tracked statistics are no sign of it."
-    if self.learn.model.track: return
-    best, n = max((r['acc_valid'] for r in self.log), default=0.), sum(gather(self.n_valid))
-    if is_at_chance(acc, best, self.dls.c, n): self._stop('', f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
-
-# %% ../nbs/50_train.ipynb #0bbce040
-def broken_images(
-    dls:DataLoaders, # all its loaders
-) -> set[str]:       # names
-    "Images that any process has met and could not read."
-    return {n for names in gather([n for dl in dls.loaders for n in getattr(dl, 'broken', [])]) for n in names}
-
-@patch
-def _broken(self:CheckpointCallback) -> dict: # nothing, or the names that are new
-    new = broken_images(self.dls) - self.broken
-    self.broken |= new
-    return dict(broken=sorted(new), n_broken=len(self.broken)) if new else {}
-
-@patch
-def _save(self:CheckpointCallback):
-    sums = [b.detach().double().sum().item() for b in self.model.banks.values()]
-    agree(str(sums), 'the weights of the supernets')()
-    if not is_first(): return
-    tensors, meta = self.learn.k_shot.state()
-    self.seconds, self.began = self.seconds + time.time() - self.began, time.time()
-    about = dict(log=self.log, seconds=self.seconds)
-    save_tensors(self.folder/'checkpoint'/f'epoch_{self.epoch+1:05}.safetensors', tensors, meta | about)
-    (self.folder/'log.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in self.log))
-    for old in self.files[:-2]: old.unlink()
-
-# %% ../nbs/50_train.ipynb #e9d44144
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    "Errors of callbacks as they were raised, and no line of a bar in front of them."
-    try: yield
-    except Exception as e:
-        if e.args and str(e.args[0]).startswith('Exception occured') and is_first(): print(file=sys.stderr)
-        plain = lambda text: re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text)
-        e.args = tuple(plain(a) if isinstance(a, str) else a for a in e.args)
-        raise

@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from kshot.train import load_newest, load_tensors
+from kshot.checkpoint import load_newest, load_tensors
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 def start(n, *args):
@@ -34,7 +34,7 @@ import torch
 from torch import distributed as dist
 from kshot.config import Config, make_learner
 from kshot.distributed import distributed, world
-from kshot.train import save_tensors
+from kshot.checkpoint import save_tensors
 from fastai.callback.core import Callback
 fname, mode, sampler = sys.argv[1:]
 sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather

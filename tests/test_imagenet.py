@@ -13,7 +13,7 @@ from kshot.launch import search, train
 from kshot.networks import get_net
 from kshot.simplex import SimplexNet, width_settings
 from kshot.spaces import get_space
-from kshot.train import load_newest
+from kshot.checkpoint import load_newest
 from test_distributed import call, launch
 from test_launch import content
 

@@ -2,7 +2,7 @@
 import hashlib, json, os, re, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from kshot.train import load_newest
+from kshot.checkpoint import load_newest
 
 QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()
 def start(command, *args, **kwargs):
