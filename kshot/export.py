@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['latency_ms', 'measured', 'build_subnet', 'save_subnet', 'load_subnet', 'to_torch_export', 'to_onnx']
 
-# %% ../nbs/65_export.ipynb #53023b35
+# %% ../nbs/65_export.ipynb #8c2481b8
 import copy, io, json, time
 from inspect import signature
 from pathlib import Path as FilePath
@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .networks import block_sizes, check_path, count_params, get_net, op_modules, subnet
-from .checkpoint import check_tensors, load_tensors, save_tensors
+from .checkpoint import load_tensors, save_tensors
+from .train import check_tensors
 from .files import to_json, write_file, write_json
 
 # %% ../nbs/65_export.ipynb #f8137522

@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 from secrets import token_hex
 import filelock
 
-# %% ../nbs/02_files.ipynb #fc57fe0b
+# %% ../nbs/02_files.ipynb #5aefdc63
 class Unwritable(ValueError):
     "A file that can't be written, or a folder that is in use: nothing is wrong with what was to be in it."
 
@@ -26,7 +26,7 @@ def _sync(path:FilePath): # to the disk
 def replacing(
     fname:FilePath,      # its folder is made if it is missing
 ) -> Iterator[FilePath]: # temporary name beside it, to be written to
-    "A name that takes the place of `fname` when all went well; `Unwritable` if it can't be written, and then what was there is still there."
+    "A name that takes the place of `fname` when all went well; `Unwritable` if it can't be written, and then the old content stands."
     fname = FilePath(fname)
     tmp = fname.with_name(f'.{fname.name}.{token_hex(4)}.part')
     try:
@@ -65,7 +65,7 @@ def write_json(
     "Replace a JSON file; `Unwritable` as in `replacing`."
     write_file(fname, to_json(o, indent=1)+'\n')
 
-# %% ../nbs/02_files.ipynb #72eb7c3a
+# %% ../nbs/02_files.ipynb #077d2611
 def read_log(
     fname:FilePath, # JSON lines
 ) -> list[dict]:    # one dict a whole line
@@ -75,10 +75,11 @@ def read_log(
     try:
         for i,line in enumerate(fname.read_text().splitlines(keepends=True), 1):
             if line.endswith('\n'): rows.append({**json.loads(line)})
-    except (OSError, TypeError, ValueError, RecursionError) as e: raise ValueError(f'{str(fname)!r}, line {i}: expected a JSON object') from e
+    except (OSError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f'{str(fname)!r}, line {i}: expected a JSON object') from e
     return rows
 
-# %% ../nbs/02_files.ipynb #7f26389c
+# %% ../nbs/02_files.ipynb #dde4e0c3
 @contextmanager
 def locked(
     fname:FilePath,  # lock file; its folder is made if it is missing
@@ -91,7 +92,8 @@ def locked(
         fname.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(fname, timeout=-1 if wait else 0)
         lock.acquire()
-    except filelock.Timeout: raise Unwritable(f'folder {folder!r} is in use by another process: wait for its end, or choose another') from None
+    except filelock.Timeout:
+        raise Unwritable(f'folder {folder!r} is in use by another process: wait for its end, or choose another') from None
     except (OSError, NotImplementedError) as e:
         raise Unwritable(f'folder {folder!r} cannot be locked: {getattr(e, "strerror", None) or e}') from e
     try: yield

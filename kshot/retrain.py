@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'OPTIMISERS', 'Recipe', 'get_recipe', 'lr_at', 'rmsprop', 'Average', 'set_dropout', 'RecipeCallback',
            'RetrainCallback', 'Retrained', 'retrain']
 
-# %% ../nbs/64_retrain.ipynb #a5647a9c
+# %% ../nbs/64_retrain.ipynb #c5b76a4f
 import math, zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
-from .checkpoint import broken_images, check_tensors, checkpoints, is_at_chance, load_newest, plain_errors, save_newest, tidy
-from .train import SkipValidation, by_decay, sgd
+from .checkpoint import broken_images, checkpoints, is_at_chance, load_newest, plain_errors, save_newest, tidy
+from .train import SkipValidation, by_decay, check_tensors, sgd
 
 # %% ../nbs/64_retrain.ipynb #2cf4d8f6
 class Recipe(NamedTuple):

@@ -33,7 +33,7 @@ from .checkpoint import CheckpointCallback, load_newest, plain_errors
 from .files import locked, write_json
 from .train import Learner, cosine
 
-# %% ../nbs/93_runs.ipynb #09bb0658
+# %% ../nbs/93_runs.ipynb #f529ef40
 def _commit() -> str|None: # the last one that changed the package, if it lies in a repository
     where = FilePath(kshot.__file__).parent
     try: git = subprocess.run(['git', '-C', where, 'log', '-1', '--format=%h', '--', where], capture_output=True, text=True)
@@ -54,9 +54,9 @@ def read_run(
     "Record of a run; `ValueError` if the folder holds none."
     try: record = json.loads((FilePath(folder)/'run.json').read_text())
     except (OSError, ValueError, RecursionError) as e: raise ValueError(f'folder {str(folder)!r} holds no run: no readable run.json') from e
-    for k in ('config', 'results'):
-        if not isinstance(record, dict) or not isinstance(d := record.get(k), dict) or k == 'results' and not all(isinstance(v, dict) for v in d.values()):
-            raise ValueError(f'folder {str(folder)!r} holds no run: its run.json has no {k!r}')
+    is_record = isinstance(record, dict) and all(isinstance(record.get(k), dict) for k in ('config', 'results'))
+    if not is_record or not all(isinstance(v, dict) for v in record['results'].values()):
+        raise ValueError(f'folder {str(folder)!r} holds no run: its run.json has no config and results')
     return record
 
 def write_run(

@@ -25,7 +25,7 @@ class Block:
         if self.kind not in KINDS: raise ValueError(f'block {self.name!r} of kind {self.kind!r}, expected one of {", ".join(KINDS)}')
         if not self.choices: raise ValueError(f'block {self.name!r} has no choices: expected at least one')
 
-# %% ../nbs/00_space.ipynb #a68c8ac1
+# %% ../nbs/00_space.ipynb #7a0cc420
 Path = tuple[int, ...]
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Space:
     ) -> Path:              # the same as a tuple of ints
         "A path of this space; `ValueError` if its length, an index or the rule says that it is none, `TypeError` if its ops are not ints."
         p = tuple(int(operator.index(o)) for o in path)
-        if len(p) != len(self.blocks): raise ValueError(f'path {str(p)[:200]} has {len(p)} ops, expected {len(self.blocks)} for space {self.name!r}')
+        if (n := len(p)) != (L := len(self.blocks)):
+            raise ValueError(f'path {str(p)[:200]} has {n} ops, expected {L} for space {self.name!r}')
         for b,o in zip(self.blocks, p):
             if not 0 <= o < len(b.choices): raise ValueError(f'path {p}: op {o} at block {b.name!r}, expected 0 to {len(b.choices)-1}')
         if self.is_valid and not self.is_valid(p): raise ValueError(f'path {p} breaks the rule of space {self.name!r}')

@@ -58,7 +58,7 @@ def nb101_space() -> Space:
     ops = tuple(Block(f'vertex {v}', NB101_OPS) for v in range(1, 6))
     return Space('nb101', edges+ops, is_cell, nb101_cells, (nb101_string, parse_nb101))
 
-# %% ../nbs/05_spaces.ipynb #bf2c3747
+# %% ../nbs/05_spaces.ipynb #c2085eb0
 DARTS_OPS = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
 DARTS_CELLS = ('normal', 'reduce')
 
@@ -76,7 +76,8 @@ def darts_path(
                 raise ValueError(f'{name} cell: edge {str(edge)[:80]}, expected an op and a node')
             op, node = edge
             if op not in DARTS_OPS: raise ValueError(f'op {str(op)[:80]!r}, expected one of {", ".join(DARTS_OPS)}')
-            if node not in range(2+i//2): raise ValueError(f'{name} cell: node {2+i//2} reads node {str(node)[:80]}, expected 0 to {1+i//2}')
+            if node not in range(n := 2+i//2):
+                raise ValueError(f'{name} cell: node {n} reads node {str(node)[:80]}, expected 0 to {n-1}')
             path += DARTS_OPS.index(op), int(node)
         if not all(v in (2,3,4,5) for v in concat) or not (has_concat or sorted(concat) == [2,3,4,5]):
             raise ValueError(f'{name}_concat {str(concat)[:80]}, expected {"nodes 2 to 5" if has_concat else "[2, 3, 4, 5]"}')

@@ -83,9 +83,10 @@ class Table:
         "All rows."
         return self.open().read().to_pandas()
 
-# %% ../nbs/80_tables.ipynb #a254dd58
+# %% ../nbs/80_tables.ipynb #8f45080d
 def _is_info(info) -> bool: # as `write_table` makes it
-    kinds, groups = dict(dataset=str, split=str, epochs=int, seeds=list, n_rows=int, n_paths=int), isinstance(info, dict) and info.get('groups')
+    kinds = dict(dataset=str, split=str, epochs=int, seeds=list, n_rows=int, n_paths=int)
+    groups = isinstance(info, dict) and info.get('groups')
     named = groups and isinstance(groups, list) and all(isinstance(info.get(k), str) for k in ('space', 'source'))
     return bool(named) and all(isinstance(g, dict) and all(isinstance(g.get(k), t) for k,t in kinds.items()) for g in groups)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_decay', 'sgd', 'cosine', 'SkipValidation', 'DropPathCallback', 'train_alone', 'KShotCallback', 'OwnLoss',
-           'kshot_learner']
+           'kshot_learner', 'check_tensors']
 
 # %% ../nbs/50_train.ipynb #d3ab520e
 from collections.abc import Callable
@@ -239,3 +239,72 @@ def kshot_learner(
     learn = Learner(dls, supernet, loss, opt_func=partial(sgd, wd=wd), splitter=by_decay, metrics=accuracy, cbs=cb)
     learn.recorder.smooth_loss = OwnLoss()
     return learn
+
+# %% ../nbs/50_train.ipynb #736f4900
+def _identity(cb:KShotCallback) -> dict: # what must agree between a checkpoint and a run
+    space = cb.sampler.space
+    return dict(format=1, space=space.name, blocks=[list(b.choices) for b in space.blocks], K=cb.learn.model.K,
+                track=cb.learn.model.track, codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
+
+@patch
+def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
+    "Everything of a run in progress: tensors by name, and the rest for JSON."
+    model, opt = self.learn.model, self.learn.opt.opt
+    momentum = {k: opt.state[b]['momentum_buffer'] for k,b in model.banks.items()}
+    out = {f'weights/{n}': t for n,t in model.tensors().items()} | {f'momentum/{n}': t for n,t in model.tensors(momentum).items()}
+    out |= {f'codes/{n}': t for n,t in self.codes.state_dict().items()} | {f'stats/{n}': t for n,t in model.net.state_dict().items()}
+    adam = self.opt_codes.state_dict()['state'] if self.learns else {}
+    out |= {f'adam/{i}/{k}': torch.as_tensor(v) for i,s in adam.items() for k,v in s.items()}
+    if self.kept: out['kept'] = torch.stack([g for _,g in self.kept])
+    out |= {'rng/loader': self.learn.dls.train.generator.get_state(), 'rng/torch': torch.get_rng_state()}
+    if torch.cuda.is_available(): out['rng/cuda'] = torch.cuda.get_rng_state()
+    return out, dict(run=_identity(self), epoch=self.learn.epoch+1, n_epoch=self.learn.n_epoch,
+                     sampler=self.sampler.state(), kept=[p for p,_ in self.kept])
+
+# %% ../nbs/50_train.ipynb #94d8a5d6
+def check_tensors(
+    found:dict[str, Tensor],    # by name
+    expected:dict[str, Tensor], # by name
+):
+    "Nothing if names and shapes agree, else `ValueError`."
+    for k in [*expected, *found]:
+        a, b = (tuple(d[k].shape) if k in d else 'nothing' for d in (found, expected))
+        if a != b: raise ValueError(f'{a} for tensor {k!r}, expected {b}')
+
+def _part(tensors, prefix): return {n.removeprefix(prefix): t for n,t in tensors.items() if n.startswith(prefix)}
+
+@patch
+def load_model(self:KShotCallback,
+    tensors:dict[str, Tensor], # what `state` returned
+    meta:dict,                 # likewise
+):
+    "Take over supernets and code module; `ValueError` if they are of another kind of run, and then nothing has changed."
+    for k,v in _identity(self).items():
+        if meta.get('run', {}).get(k) != v: raise ValueError(f"checkpoint of {k} {meta.get('run', {}).get(k)!r}, expected {v!r}")
+    banks = self.learn.model.from_tensors(_part(tensors, 'weights/'))
+    check_tensors(_part(tensors, 'codes/'), self.codes.state_dict())
+    with torch.no_grad():
+        for k,b in self.learn.model.banks.items(): b.copy_(banks[k])
+    self.codes.load_state_dict(_part(tensors, 'codes/'))
+    if self.learn.model.track: self.learn.model.net.load_state_dict(_part(tensors, 'stats/'))
+
+@patch
+def load_state(self:KShotCallback,
+    tensors:dict[str, Tensor], # what `state` returned
+    meta:dict,                 # likewise
+):
+    "Go on where `state` was taken, in the middle of a fit; `ValueError` as in `load_model` or for another number of epochs."
+    if meta.get('n_epoch') != self.learn.n_epoch:
+        raise ValueError(f"checkpoint of {meta.get('n_epoch')} epochs, expected {self.learn.n_epoch}")
+    self.load_model(tensors, meta)
+    model, opt = self.learn.model, self.learn.opt.opt
+    momentum, adam = model.from_tensors(_part(tensors, 'momentum/')), {}
+    for k,b in model.banks.items(): opt.state[b]['momentum_buffer'].copy_(momentum[k])
+    for n,t in _part(tensors, 'adam/').items(): adam.setdefault(int(n.split('/')[0]), {})[n.split('/')[1]] = t
+    if self.learns: self.opt_codes.load_state_dict({**self.opt_codes.state_dict(), 'state': adam})
+    device = next(self.learn.model.parameters()).device
+    self.kept = [(tuple(p), g.to(device)) for p,g in zip(meta['kept'], tensors.get('kept', ()))]
+    self.sampler.load_state(meta['sampler'])
+    self.learn.dls.train.generator.set_state(tensors['rng/loader'])
+    torch.set_rng_state(tensors['rng/torch'])
+    if torch.cuda.is_available() and 'rng/cuda' in tensors: torch.cuda.set_rng_state(tensors['rng/cuda'])

@@ -324,9 +324,9 @@ def trouble(names, works, base):
 
 def note(rows, out):
     "Put rows into the results, in place of those of the same name."
-    had = json.loads(out.read_text())['rows'] if out.exists() else []
-    names = {r['what'] for r in rows}
-    write_json(out, dict(**environment(), config=vars(CONFIG), rows=[r for r in had if r['what'] not in names]+rows))
+    about, had, names = environment(), json.loads(out.read_text())['rows'] if out.exists() else [], {r['what'] for r in rows}
+    commit = about.pop('commit')
+    write_json(out, dict(**about, config=vars(CONFIG), rows=[r for r in had if r['what'] not in names] + [r | dict(commit=commit) for r in rows]))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)

@@ -1,6 +1,7 @@
 """What strangers do: ten thousand paths, codes, configurations and strings, most of them wrong; hostile files; and a small share of `reliability.py`."""
-import json, linecache, math, os, pickle, shutil, struct, subprocess, sys, traceback
+import json, linecache, math, os, pickle, shutil, signal, struct, subprocess, sys, traceback
 from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, torch
@@ -15,7 +16,7 @@ from kshot.runs import read_run
 from kshot.spaces import SPACES, get_space
 from kshot.study import study_rows
 from kshot.supernet import Supernet, check_code
-from kshot.tables import read_table
+from kshot.tables import end_with_parent, read_table
 from kshot.unpickle import load_plain
 
 HERE, N = Path(__file__).parent, Counter()
@@ -228,6 +229,18 @@ def test_a_row_stays_in_its_study(tmp_path):
     for name in ('../out', '/tmp/out', '..', 'a/b', '', 3, 'a\0b'):
         (tmp_path/'study.json').write_text(json.dumps([Row(name, 'digits', 'baseline', '', 1, 0, {})]))
         assert 'a row is called' in refusal(study_rows, tmp_path)
+
+def _parent(pipe): # with a child that would wait for ever
+    child = get_context('fork').Process(target=lambda: (end_with_parent(), pipe.send(os.getpid()), signal.pause()))
+    child.start(); signal.pause()
+
+def test_nobody_outlives_a_killed_parent():
+    ours, theirs = get_context('fork').Pipe()
+    parent = get_context('fork').Process(target=_parent, args=(theirs,)); parent.start()
+    pid = ours.recv(); theirs.close()
+    parent.kill(); parent.join()
+    with pytest.raises(EOFError): ours.recv() # the last that held the other end is gone
+    assert not Path(f'/proc/{pid}').exists() or 'Z' in Path(f'/proc/{pid}/stat').read_text().split()[2]
 
 # A run folder of somebody else, watched by an audit hook in a process of its own
 
