@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command']
 
-# %% ../nbs/90_command.ipynb #2c8e403c
+# %% ../nbs/90_command.ipynb #72c556e3
 import argparse, json, os, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import partial, wraps
 from inspect import Parameter, signature
 from pathlib import Path as FilePath
-from textwrap import fill
+from textwrap import fill, indent
 
 # %% ../nbs/90_command.ipynb #a16c1296
 _SHOWN = {int: 'N', float: 'X', str: 'TEXT', FilePath: 'PATH'}
@@ -45,10 +45,10 @@ class _Parser(argparse.ArgumentParser):
         hint = f'did you mean {near[0]}?' if near else f'{self.prog} --help lists what there is'
         raise ValueError(f'unknown {"option" if wrong[0:1] == "-" else "argument"} {wrong!r}: {hint}')
 
-# %% ../nbs/90_command.ipynb #864fd1e8
+# %% ../nbs/90_command.ipynb #c2a6e6bf
 def _parser(f:Callable, n_places:int, options:type|None, examples:dict[str, str]) -> _Parser:
     name, params, docs = f'kshot_{f.__name__}', signature(f).parameters, _said(f)
-    shown = [f'  {name} {argv}'.rstrip() + f'\n{fill(what, 79, initial_indent=" "*6, subsequent_indent=" "*6)}' for argv,what in examples.items()]
+    shown = [f'  {name} {argv}'.rstrip() + '\n' + indent(fill(what, 73), ' '*6) for argv,what in examples.items()]
     exits = 'exit code: 0 done; 1 failed; 2 a wrong value or file, which one line names; 130 interrupted'
     parser = _Parser(name, description=fill(f.__doc__ or '', 79), epilog='\n'.join(['examples:', *shown, '', fill(exits, 79)]),
                      allow_abbrev=False, formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80))

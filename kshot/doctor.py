@@ -7,9 +7,10 @@ __all__ = ['GROUPS', 'MODULES', 'EXTENSIONS', 'Finding', 'needed', 'check_packag
            'check_folder', 'look_folders', 'look_lab', 'look_tools', 'looks', 'examine', 'examine_apart', 'tell',
            'doctor']
 
-# %% ../nbs/91_doctor.ipynb #4fd80aee
+# %% ../nbs/91_doctor.ipynb #2fedd005
 import json, os, platform, re, shutil, subprocess, sys, tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -35,9 +36,9 @@ def _line(error:BaseException|str) -> str: # the beginning of what an error says
 
 def _gb(n:float) -> str: return f'{n/1e9:.0f} GB' if n > 2e9 else f'{n/1e6:.0f} MB'
 
-# %% ../nbs/91_doctor.ipynb #bdc00af9
-MODULES = {'pillow': 'PIL', 'scikit-learn': 'sklearn', 'torchvision': 'torchvision.ops', 'fastai': 'fastai.learner', # where the name differs, or
-           'optuna': 'optuna.samplers', 'plotly': 'plotly.graph_objects'}                     # where importing the name alone says little
+# %% ../nbs/91_doctor.ipynb #d619f5b7
+MODULES = {'pillow': 'PIL', 'scikit-learn': 'sklearn', # where the name differs, or importing it alone says little
+           'torchvision': 'torchvision.ops', 'fastai': 'fastai.learner', 'optuna': 'optuna.samplers', 'plotly': 'plotly.graph_objects'}
 
 def _numbers(v:str) -> tuple[int, ...]: # of a version, without what follows them
     return tuple(map(int, re.findall(r'\d+', re.match(r'[\d.]*', v)[0]))) # type: ignore[index]
@@ -67,19 +68,21 @@ def check_package(
         return Finding(group, name, state, f'{has} cannot be imported: {_line(e)}', lost, f'pip install -U --force-reinstall {both}')
     return Finding(group, name, 'ok', has)
 
-# %% ../nbs/91_doctor.ipynb #086fe32b
+# %% ../nbs/91_doctor.ipynb #13fb316a
 def look_needs() -> Iterator[Finding]:
     "Python, every package that kshot needs, and its own modules."
     yield Finding('needs', 'python', 'ok', f'{platform.python_version()}, {platform.system()} {platform.machine()}')
     try: yield Finding('needs', 'kshot', 'ok', version('kshot')); floors = needed()
-    except PackageNotFoundError: yield Finding('needs', 'kshot', 'bad', 'not installed', 'its commands', 'pip install . where setup.py is'); return
+    except PackageNotFoundError:
+        yield Finding('needs', 'kshot', 'bad', 'not installed', 'its commands', 'pip install . where setup.py is')
+        return
     for name,floor in floors.items():
         if name not in ('jupyterlab', 'ipykernel'): yield check_package(name, floor) # they are looked at with the notebooks
     for name,words in {'launch': 'its commands', 'live': 'the widgets', 'study': 'kshot_study', 'bench': 'kshot_bench'}.items():
         try: import_module(f'kshot.{name}')
         except Exception as e: yield Finding('needs', f'kshot.{name}', 'bad', f'cannot be imported: {_line(e)}', words, 'see above')
 
-# %% ../nbs/91_doctor.ipynb #1eec7fa2
+# %% ../nbs/91_doctor.ipynb #e720b642
 def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def look_devices() -> Iterator[Finding]:
@@ -102,7 +105,8 @@ def _cuda(torch) -> Finding:
     if n and torch.cuda.is_available(): return Finding('devices', 'cuda', 'ok', f'{n} GPU{"s"*(n > 1)}, CUDA {torch.version.cuda}')
     if not (shutil.which('nvidia-smi') or Path('/proc/driver/nvidia/version').exists()):
         return Finding('devices', 'cuda', 'less', 'no NVIDIA GPU', lost)
-    if not torch.version.cuda: return Finding('devices', 'cuda', 'less', 'torch was built without CUDA', lost, 'pip install torch as pytorch.org says')
+    if not torch.version.cuda:
+        return Finding('devices', 'cuda', 'less', 'torch was built without CUDA', lost, 'pip install torch as pytorch.org says')
     return Finding('devices', 'cuda', 'less', f'a driver, but torch with CUDA {torch.version.cuda} finds no GPU', lost,
                    'update the driver, or look at CUDA_VISIBLE_DEVICES')
 
@@ -110,14 +114,14 @@ def _talk(torch) -> Iterator[Finding]: # of several processes
     d = torch.distributed
     has = [k for k in ('gloo', 'nccl') if d.is_available() and getattr(d, f'is_{k}_available')()]
     wanted = {'gloo'} | ({'nccl'} if torch.cuda.device_count() > 1 else set())
-    yield Finding('devices', 'distributed', 'ok', ', '.join(has)) if wanted <= set(has) else \
-        Finding('devices', 'distributed', 'less', ', '.join(has) or 'none', f'training in many processes lacks {", ".join(sorted(wanted - set(has)))}')
+    lost = f'training in many processes lacks {", ".join(sorted(wanted - set(has)))}'
+    yield Finding('devices', 'distributed', *(['ok', ', '.join(has)] if wanted <= set(has) else ['less', ', '.join(has) or 'none', lost]))
     shm = Path('/dev/shm')
     if shm.is_dir() and (size := shutil.disk_usage(shm).total) < 1e9:
         yield Finding('devices', 'shared memory', 'less', _gb(size), 'processes that read images may be killed (bus error)',
                       'docker run --shm-size=8g, or --n_workers 0')
 
-# %% ../nbs/91_doctor.ipynb #ce6cf014
+# %% ../nbs/91_doctor.ipynb #ee93d1cc
 def look_data() -> Iterator[Finding]:
     "Benchmark tables and images that kshot would find by itself."
     from kshot.images import IMAGE_SETS, find_images, kshot_home
@@ -129,15 +133,18 @@ def look_data() -> Iterator[Finding]:
     else: yield Finding('data', 'KSHOT_DATA', 'less', f'{folder} is no folder', 'spaces other than digits find no data', set_it)
     have = {t['name']: t for t in list_tables()}
     for name,t in have.items():
-        try: found = f'{t["kind"]}, {t["file"]}' if t['kind'] == 'importable' else f'{t["kind"]}, space {read_table(Path(t["file"])).space}'
-        except Exception as e: yield Finding('data', f'table {name}', 'bad' if t['kind'] == 'packaged' else 'less', _line(str(e)), 'ranking against it',
-                                             'reinstall kshot' if t['kind'] == 'packaged' else f'remove {t["file"]} and import it again')
-        else: yield Finding('data', f'table {name}', 'ok', found)
-    for name in IMPORTERS:
-        if name not in have: yield Finding('data', f'table {name}', 'less', 'not found', 'ranking against it', f'kshot_tables import {name} FILE')
+        try: what = t['file'] if t['kind'] == 'importable' else f'space {read_table(Path(t["file"])).space}'
+        except Exception as e:
+            how = ('bad', 'reinstall kshot') if t['kind'] == 'packaged' else ('less', f'remove {t["file"]} and import it again')
+            yield Finding('data', f'table {name}', how[0], _line(str(e)), 'ranking against it', how[1])
+        else: yield Finding('data', f'table {name}', 'ok', f'{t["kind"]}, {what}')
+    for name in [k for k in IMPORTERS if k not in have]:
+        yield Finding('data', f'table {name}', 'less', 'not found', 'ranking against it', f'kshot_tables import {name} FILE')
     for name in IMAGE_SETS:
         try: source = find_images(name, folder)
-        except Exception as e: yield Finding('data', name, 'less', _line(str(e)) if folder.is_dir() else 'no folder', 'training on it', f'put it into {folder}')
+        except Exception as e:
+            said = _line(str(e)) if folder.is_dir() else 'no folder'
+            yield Finding('data', name, 'less', said, 'training on it', f'put it into {folder}')
         else: yield Finding('data', name, 'ok', f'{source.layout}, {len(source.files)} file{"s"*(len(source.files) > 1)} in {source.root}')
 
 # %% ../nbs/91_doctor.ipynb #e6a59ece
@@ -164,7 +171,7 @@ def look_folders(runs:Path) -> Iterator[Finding]:
     home = Path(os.environ.get('KSHOT_HOME') or '~/.kshot').expanduser()
     yield check_folder('KSHOT_HOME', home, 'set KSHOT_HOME to a folder of yours', 'less')
 
-# %% ../nbs/91_doctor.ipynb #2d4311bb
+# %% ../nbs/91_doctor.ipynb #3841b26e
 EXTENSIONS = {'ipywidgets': '@jupyter-widgets/jupyterlab-manager', 'anywidget': 'anywidget'}
 
 def look_lab() -> Iterator[Finding]:
@@ -179,7 +186,8 @@ def look_lab() -> Iterator[Finding]:
 
 def look_tools() -> Iterator[Finding]:
     "What kshot can do without."
-    for name,lost,do in (('git', 'runs do not note their commit', 'install git'), ('quarto', 'make docs', 'see quarto.org/docs/get-started')):
+    without = ('git', 'runs do not note their commit', 'install git'), ('quarto', 'make docs', 'see quarto.org/docs/get-started')
+    for name,lost,do in without:
         has = shutil.which(name)
         yield Finding('tools', name, 'ok', has) if has else Finding('tools', name, 'less', 'not found', lost, do)
     for name in ('onnx', 'onnxscript'): yield check_package(name, '', 'kshot_export --onnx', 'less', 'tools', imports=False)
@@ -188,7 +196,7 @@ def look_tools() -> Iterator[Finding]:
     yield check_package('kaleido', '', picture, 'less', 'tools', imports=False) if browser else \
         Finding('tools', 'chromium', 'less', 'not found', picture, 'install chromium or chrome, and pip install kaleido')
 
-# %% ../nbs/91_doctor.ipynb #ed4a8f08
+# %% ../nbs/91_doctor.ipynb #bc110ee4
 def looks(
     runs:Path, # folder of runs
 ) -> dict[str, Callable[[], Iterator[Finding]]]: # a key of `GROUPS` -> its findings
@@ -211,7 +219,8 @@ def examine_apart(
     tell = ('import json, pathlib, sys; from kshot.doctor import examine\n'
             'for f in examine(pathlib.Path(sys.argv[1])): print("finding", json.dumps(f), flush=True)')
     with tempfile.TemporaryFile('w+') as out: # not a pipe: what a process that hangs has said is read as well
-        try: end = subprocess.run([sys.executable, '-c', tell, str(runs)], stdout=out, stderr=subprocess.DEVNULL, timeout=seconds).returncode
+        cmd = [sys.executable, '-c', tell, str(runs)]
+        try: end = subprocess.run(cmd, stdout=out, stderr=subprocess.DEVNULL, timeout=seconds).returncode
         except subprocess.TimeoutExpired: end = None
         out.seek(0)
         found = [Finding(*json.loads(l.partition(' ')[2])) for l in out if l.startswith('finding ')]
@@ -221,22 +230,23 @@ def examine_apart(
     return [*found, Finding(found[-1].group if found else 'needs', 'next look', 'bad', f'{how}, {after}', 'what is not listed is unknown',
                             'the package or driver that comes next is broken: reinstall it')]
 
-# %% ../nbs/91_doctor.ipynb #b6e6b179
+# %% ../nbs/91_doctor.ipynb #759e1c07
 def tell(
     found:list[Finding],
-) -> str: # at most 80 columns
+) -> str: # 80 columns wide
     "Findings to read, and what to do."
     sign, out = dict(ok='ok', less='--', bad='NO'), []
+    lines = partial(fill, width=80, subsequent_indent=' '*8, break_long_words=False, break_on_hyphens=False)
     for group,title in GROUPS.items():
         some = [f for f in found if f.group == group]
         out += [title] if some else []
         for f in some:
-            out.append(fill(f'{sign[f.state]}  {f.name}: {f.found}', 80, initial_indent='  ', subsequent_indent=' '*8, break_long_words=False))
-            if f.lost: out.append(fill(f'lost: {f.lost}' + (f' -> {f.do}' if f.do else ''), 80, initial_indent=' '*6, subsequent_indent=' '*8,
-                                       break_long_words=False, break_on_hyphens=False))
+            out.append(lines(f'{sign[f.state]}  {f.name}: {f.found}', initial_indent='  '))
+            if f.lost: out.append(lines(f'lost: {f.lost}' + (f' -> {f.do}' if f.do else ''), initial_indent=' '*6))
     bad, less = ([f.name for f in found if f.state == s] for s in ('bad', 'less'))
     end = f'kshot will not work: {", ".join(bad)}.' if bad else 'kshot works.'
-    return '\n'.join([*out, fill(f'{end} {len(less)} thing{"s"*(len(less) != 1)} less than everything, marked --.' if less else end, 80)])
+    if less: end += f' {len(less)} thing{"s"*(len(less) != 1)} less than everything, marked --.'
+    return '\n'.join([*out, fill(end, 80)])
 
 @command(alone=True, examples={
     '': 'what is here', '--json': 'the same for a program, or for a bug report', '--runs /scratch/runs': 'may runs be written there?'})

@@ -3,17 +3,16 @@ import json, os, subprocess, sys
 from collections import namedtuple
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from kshot import doctor
-from kshot.doctor import examine, look_data, look_devices, look_lab, look_tools, needed
+from kshot.doctor import examine, look_data, look_devices, look_folders, look_lab, look_tools, needed
 
-def ask(tmp_path, broken={}, *argv):
+def ask(tmp_path, broken={}):
     "Exit code and findings by name, beside packages that are broken."
     for name,code in broken.items(): (tmp_path/name).mkdir(); (tmp_path/name/'__init__.py').write_text(code)
     env = dict(os.environ, PYTHONPATH=str(tmp_path), KSHOT_HOME=str(tmp_path/'home'))
-    code = f'from kshot.doctor import doctor; doctor({["--json", *argv]})'
+    code = 'from kshot.doctor import doctor; doctor(["--json"])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
     assert 'Traceback' not in done.stderr, done.stderr
     told = json.loads(done.stdout)
@@ -44,8 +43,8 @@ def test_without_fastcore(tmp_path):
 
 def test_runs_that_cannot_be_written(tmp_path):
     (tmp_path/'file').write_text('')
-    code, found = ask(tmp_path, {}, '--runs', str(tmp_path/'file'/'runs'))
-    assert code == 1 and 'Not a directory' in found['runs']['found'] and '--runs' in found['runs']['do']
+    found = by_name(look_folders(tmp_path/'file'/'runs'))['runs']
+    assert found.state == 'bad' and 'Not a directory' in found.found and '--runs' in found.do
 
 def test_a_look_that_hangs(monkeypatch, tmp_path):
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))

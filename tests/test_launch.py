@@ -1,8 +1,11 @@
 """The commands as processes: what they print, what they leave behind, how they are interrupted and resumed."""
-import hashlib, json, os, re, resource, signal, subprocess, sys, time
+import hashlib, json, os, re, resource, shlex, signal, subprocess, sys, time
+from dataclasses import fields
 from pathlib import Path
 import pytest
+from kshot import bench, doctor, launch, study
 from kshot.checkpoint import load_newest
+from kshot.config import Config, check_config, space_of
 
 QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()
 def start(command, *args, **kwargs):
@@ -132,3 +135,28 @@ def test_demo_quick(tmp_path):
     assert json.loads(out.splitlines()[-1]) == record and content(tmp_path) == before # nothing is done twice
     code, out, err = call('demo', '--runs', tmp_path, '--K', 2)
     assert code == 2 and 'holds a demo with' in err and content(tmp_path) == before
+
+COMMANDS = dict(demo=launch, train=launch, rank=launch, search=launch, retrain=launch, export=launch, tables=launch, study=study, bench=bench, doctor=doctor)
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_has_examples_that_can_be_read(name, capsys):
+    f = getattr(COMMANDS[name], name)
+    with pytest.raises(SystemExit) as e: f(['--help'])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and max(map(len, said.splitlines())) <= 80 and 'exit code: 0 done' in said
+    assert 2 <= len(f.examples) <= 5
+    usual = f.parser().parse([])
+    for argv in f.examples:
+        assert f'kshot_{name} {argv}'.rstrip() in said
+        asked = f.parser().parse(shlex.split(argv))
+        assert (asked == usual) == (not argv) # every word of it means something
+        if 'space' in asked and name in ('train', 'rank'): check_config(c := Config(**{x.name: asked[x.name] for x in fields(Config)}), space_of(c))
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_an_unknown_option_is_one_line(name, capsys):
+    with pytest.raises(SystemExit) as e: getattr(COMMANDS[name], name)(['--jsn'])
+    assert e.value.code == 2 and capsys.readouterr().err == f"kshot_{name}: unknown option '--jsn': did you mean --json?\n"
+
+def test_all_commands_are_here():
+    scripts = (Path(__file__).parent.parent/'settings.ini').read_text().partition('console_scripts')[2].partition('\n\n')[0]
+    assert set(re.findall(r'kshot_(\w+)=', scripts)) == set(COMMANDS)

@@ -175,3 +175,4 @@ def test_library_alone(dist, tmp_path, end):
         made |= measured(dist, python, tmp_path)
         had = json.loads(Path(fname).read_text()) if Path(fname).exists() else {}
         Path(fname).write_text(json.dumps({**had, f'{end}, Python {has["python"]}': made}, indent=1)+'\n')
+    shutil.rmtree(tmp_path/'venv') # gigabytes
