@@ -230,9 +230,9 @@ def examine_apart(
     return [*found, Finding(found[-1].group if found else 'needs', 'next look', 'bad', f'{how}, {after}', 'what is not listed is unknown',
                             'the package or driver that comes next is broken: reinstall it')]
 
-# %% ../nbs/91_doctor.ipynb #759e1c07
+# %% ../nbs/91_doctor.ipynb #333be963
 def tell(
-    found:list[Finding],
+    found:list[Finding], # what was looked at
 ) -> str: # 80 columns wide
     "Findings to read, and what to do."
     sign, out = dict(ok='ok', less='--', bad='NO'), []
