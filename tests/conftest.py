@@ -19,6 +19,11 @@ def pytest_collection_modifyitems(config, items):
         for name in set(MARKS) & {m.name for m in item.iter_markers()} - set(asked):
             item.add_marker(pytest.mark.skip(reason=f'{name}: {MARKS[name]}; --flags {name} runs it'))
 
+def pytest_terminal_summary(terminalreporter):
+    for r in terminalreporter.getreports('passed'):
+        for k,v in r.user_properties:
+            if k == 'said': terminalreporter.write_line(v)
+
 def copy_tree(
     dest:Path, # folder to make
 ) -> Path:     # the same

@@ -86,12 +86,11 @@ def resolves(
 def doclinks(page) -> list[str]: # names of the package in backticks
     return [m[1] for m in CODE.finditer(text_of(page)) if re.fullmatch(r'kshot(\.\w+)+', m[1])]
 
-def test_links(record_property, capsys):
+def test_links(record_property):
     found = [(name(p), *o) for p in TEXTS for o in links(p)]
     said = [(name(p), o) for p in TEXTS for o in doclinks(p)]
     counts = dict(links=len(found), inside=sum('//' not in o[3] for o in found), pictures=sum(o[1] for o in found), doclinks=len(said), pages=len(TEXTS))
-    for k,v in counts.items(): record_property(k, v)
-    with capsys.disabled(): print('\n{links} links ({inside} inside the site, {pictures} pictures), {doclinks} doclinks in {pages} pages'.format(**counts))
+    record_property('said', '{links} links ({inside} inside the site, {pictures} pictures), {doclinks} doclinks in {pages} pages'.format(**counts))
     bad = [(p, t, why) for p,_,_,t in found if (why := problem(NBS/p if (NBS/p).exists() and p.endswith('.ipynb') else ROOT/p, t))]
     assert not bad
     assert not [o for o in found if o[1] and len(o[2]) < 12], 'a picture needs a text that says what it shows'
