@@ -84,7 +84,7 @@ def _at_work(folder:FilePath): # of a run or of a retraining
     "Context that one process at a time is in, as one for all of a job; `ValueError` if somebody is."
     return locked(FilePath(folder)/'.lock') if is_first() else nullcontext()
 
-# %% ../nbs/93_runs.ipynb #ed4a5e98
+# %% ../nbs/93_runs.ipynb #53796b24
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
@@ -99,9 +99,9 @@ def train_run(
         raise ValueError(f'folder {str(folder)!r} is not empty: resume it or choose another')
     with distributed() as shard, plain_errors(), ExitStack() as stack:
         learn = make_learner(config, shard)
+        agree(json.dumps(asdict(config)), 'what they are asked to train')()
         stack.enter_context(_at_work(folder))
         cb = CheckpointCallback(folder, resume=resume and any(folder.glob('checkpoint/*')))
-        agree(json.dumps(asdict(config)), 'what they are asked to train')()
         if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
         if not (progress and is_first()): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
