@@ -36,7 +36,7 @@ class Sharing:
     op_on:str=''           # weights of a cell's op: edge or node; '': as in the benchmark
     affine:bool=True       # batch norms with scale and shift
 
-# %% ../nbs/92_config.ipynb #0b9f6edf
+# %% ../nbs/92_config.ipynb #43e57111
 @dataclass(frozen=True)
 class Config(Sharing):
     "What to train, and how; `ValueError` for an unknown space or widths that are no numbers, `TypeError` for a value of another kind."
@@ -80,6 +80,7 @@ class Config(Sharing):
                 raise TypeError(f'{f.name}={v!r}, expected {" or ".join(k.__name__ for k in kinds)}')
         space_of(self)
         for k,v in RECIPES[self.space].items():
+            if k == 'portion' and self.data == 'imagenet': continue # it has a validation set of its own
             if getattr(self, k) is None: object.__setattr__(self, k, v)
 
 # %% ../nbs/92_config.ipynb #98805bbb

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['set_threads', 'train', 'rank', 'search', 'retrain', 'export', 'tables', 'demo', 'main']
 
-# %% ../nbs/95_launch.ipynb #abb9fafe
+# %% ../nbs/95_launch.ipynb #3b001c29
 import json, os, sys, time
 from dataclasses import fields
-from functools import partial
 from pathlib import Path as FilePath
 import pandas as pd
 import torch
