@@ -1,9 +1,10 @@
 "What survives what: kills at random moments, damaged checkpoints, a full disk, clocks that jump. Figures in results/reliability.json"
 import argparse, ctypes, hashlib, io, json, multiprocessing, os, random, re, resource, shutil, signal, sys, tempfile, time, traceback
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, pytest, torch
 import kshot.tables
 from kshot.checkpoint import checkpoints, load_tensors
 from kshot.config import Config
@@ -322,6 +323,16 @@ def trouble(names, works, base):
             for row in TROUBLES[name](what, base, expected): rows.append(row); print(row, flush=True)
     return rows
 
+def strangers():
+    "Rows of `test_reliability.py`: what is generated, hostile files, and what is written where."
+    out, tests = io.StringIO(), Counter()
+    class Watch:
+        def pytest_runtest_logreport(self, report):
+            if report.when == 'call' or not report.passed: tests[report.outcome] += 1
+            for k,v in report.user_properties if report.when == 'call' else (): out.write(v)
+    pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not disturbed', str(Path(__file__).with_name('test_reliability.py'))], plugins=[Watch()])
+    return [dict(what="strangers' input and files, tests", n=sum(tests.values()), ok=tests['passed'], note=out.getvalue())]
+
 def note(rows, out):
     "Put rows into the results, in place of those of the same name."
     about, had, names = environment(), json.loads(out.read_text())['rows'] if out.exists() else [], {r['what'] for r in rows}
@@ -334,6 +345,7 @@ if __name__ == '__main__':
     p.add_argument('--n', type=int, default=50, help='kills of each')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--trouble', nargs='*', default=list(TROUBLES), help=f'besides kills: of {", ".join(TROUBLES)}')
+    p.add_argument('--strangers', action='store_true', help="and strangers' input")
     p.add_argument('--out', type=Path, default=OUT)
     args = p.parse_args()
     with tempfile.TemporaryDirectory(prefix='kshot_') as d:
@@ -341,3 +353,4 @@ if __name__ == '__main__':
             row = kills(what, args.n, args.seed, d)
             print(row, flush=True); note([row], args.out)
         if args.trouble: note(trouble(args.trouble, args.work, d), args.out)
+    if args.strangers: note(strangers(), args.out)

@@ -165,9 +165,9 @@ def test_configurations():
         if k not in ('K', 'seed'): assert refusal(lambda: check_config(c := split_settings(Row('', '', '', '', 1, 0, as_row))[0], space_of(c)))
     wrong()
 
-def test_ten_thousand():
+def test_ten_thousand(record_property):
     if set(N) != {'paths', 'strings', 'codes', 'configurations'}: pytest.skip('counts what the tests above have generated')
-    print(dict(N), file=sys.stderr)
+    record_property('said', 'generated: ' + ', '.join(f'{n:,} {what}' for what,n in N.items()))
     assert sum(N.values()) >= 10_000, N
 
 # Files of others
