@@ -19,9 +19,6 @@ def pytest_collection_modifyitems(config, items):
         for name in set(MARKS) & {m.name for m in item.iter_markers()} - set(asked):
             item.add_marker(pytest.mark.skip(reason=f'{name}: {MARKS[name]}; --flags {name} runs it'))
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config): return (os.cpu_count() or 1) + 1 # a good part of the time tests wait for processes
-
 def pytest_terminal_summary(terminalreporter):
     for r in terminalreporter.getreports('passed'):
         for k,v in r.user_properties:
