@@ -1,5 +1,5 @@
 "Images as other programs write and read them, splits that hold across processes, the real CIFAR-10, a GPU"
-import io, os, pickle, subprocess, sys
+import io, os, pickle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from kshot.data import TensorLoader, crop_and_flip, get_data, image_splits, mean_std, move
 from kshot.images import IMAGE_SETS, find_images, load_images, read_images
+from processes import Fork, call
 
 N_PER_CLASS = {'train': 5, 'test': 2}
 CODE = '''
@@ -129,8 +130,7 @@ def test_seed_moves_order_and_augmentation_only(tiny, home):
 def test_two_processes_at_once(tiny, home):
     name, _, _, root = tiny
     if name != 'cifar10': pytest.skip('one set is enough')
-    run = lambda o: subprocess.Popen([sys.executable, '-c', CODE, root/o], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out = [p.communicate(timeout=120) for p in [run('pictures'), run('pictures')]]
+    out = [p.communicate() for p in [Fork(CODE, root/'pictures') for _ in range(2)]]
     assert len({o for o,_ in out}) == 1 and len(out[0][0]) == 65 and not any(e for _,e in out)
     files = sorted((home/'images').iterdir())
     assert len(files) == 1 and load_images(files[0])
@@ -255,7 +255,7 @@ def test_splits_hold_across_processes_and_copies(photos, tmp_path):
     for f in sorted(photos.rglob('*.jpg'), key=lambda f: f.name[::-1], reverse=True):
         (to := tmp_path/f.relative_to(photos)).parent.mkdir(parents=True, exist_ok=True)
         to.symlink_to(f)
-    out = [subprocess.run([sys.executable, '-c', SPLIT, d], capture_output=True, text=True, check=True).stdout for d in (photos, tmp_path)]
+    out = [call(SPLIT, d)[1] for d in (photos, tmp_path)]
     assert out[0] == out[1] and len(out[0]) == 65
 
 @pytest.mark.cuda

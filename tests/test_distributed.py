@@ -3,20 +3,17 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from kshot.checkpoint import load_newest, load_tensors
+from processes import call_ranks, command
 
-ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-def start(n, *args):
-    "A module or, after `-c`, a text in `n` processes."
+def torchrun(n, *args):
+    "A module or, after `-c`, a text in `n` processes of torch's own launcher."
     what = ['--no-python', sys.executable, *args] if args[0] == '-c' else args
-    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *what] if n > 1 else [sys.executable, *args]
+    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *what]
     return subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
 
-def call(n, *args):
-    p = start(n, *args)
-    out, err = p.communicate(timeout=300)
-    return p.returncode, out, err
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
-def launch(n, command, *args): return call(n, '-m', 'kshot.launch', command, *args)
+def launch(n, name, *args): return call_ranks(n, command(name), *args)
 
 def lines(err, word): return [l for l in err.splitlines() if word in l]
 
@@ -63,7 +60,7 @@ with distributed(timeout=60) as shard:
 @pytest.mark.parametrize('mode,sampler', [('joint', 'uniform'), ('joint', 'fair'), ('alternate', 'uniform')])
 def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path, mode, sampler):
     for n in (1, 2):
-        code, out, err = call(n, '-c', FIVE, tmp_path/f'w{n}', mode, sampler)
+        code, out, err = call_ranks(n, FIVE, tmp_path/f'w{n}', mode, sampler)
         assert code == 0, err
     (one,_), (a,meta), (b,_) = (load_tensors(tmp_path/f) for f in ('w1.0', 'w2.0', 'w2.1'))
     for n in one:
@@ -78,8 +75,9 @@ SMALL = '--K 2 --epochs 4 --passes 10 --bs 200'.split()
 def runs(tmp_path_factory):
     "Folder of runs with one that two ranks have trained, `whole`"
     runs = tmp_path_factory.mktemp('runs')
-    code, out, err = launch(2, 'train', '--runs', runs, '--name', 'whole', *SMALL)
-    assert code == 0, err
+    p = torchrun(2, '-m', 'kshot.launch', 'train', '--runs', runs, '--name', 'whole', *SMALL)
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == 0, err
     assert out.count('whole: epoch 4') == 1
     assert json.loads((runs/'whole/run.json').read_text())['machine']['processes'] == 2
     return runs
@@ -91,12 +89,12 @@ TRAIN = FROZEN + 'from kshot.launch import train; train(sys.argv[1:])'
 @pytest.mark.parametrize('rank,again', [(1, 2), (0, 1)])
 def test_a_killed_rank_ends_the_job_and_resuming_repairs_it(runs, rank, again):
     name, whole = f'killed_{rank}', 'whole'
-    command = ['-m', 'kshot.launch', 'train', '--runs', runs]
+    code, begin = command('train'), ['-m', 'kshot.launch', 'train']
     if again == 1: # one process has other batches than two, and only without statistics of a batch is the result the same
-        command, whole = ['-c', TRAIN, '--runs', runs], 'whole_frozen'
-        code, out, err = call(2, *command, '--name', whole, *SMALL)
-        assert code == 0, err
-    p = start(2, *command, '--name', name, *SMALL)
+        code, begin, whole = TRAIN, ['-c', TRAIN], 'whole_frozen'
+        end, _, err = call_ranks(2, code, '--runs', runs, '--name', whole, *SMALL)
+        assert end == 0, err
+    p = torchrun(2, *begin, '--runs', runs, '--name', name, *SMALL)
     while not (runs/name/'checkpoint/epoch_00002.safetensors').exists() and p.poll() is None: time.sleep(.01)
     os.kill(sorted(children(p))[rank], signal.SIGKILL)
     _, err = p.communicate(timeout=60)
@@ -104,8 +102,8 @@ def test_a_killed_rank_ends_the_job_and_resuming_repairs_it(runs, rank, again):
     assert p.returncode and any(l.startswith((f'{other} has lost another process', f'{other} was told to stop')) for l in err.splitlines()), err
     assert f'to go on: as before, -m kshot.launch train --name {name} --runs {runs} --resume' in err
     assert not (runs/name/'checkpoint/epoch_00004.safetensors').exists()
-    code, out, err = call(again, *command, '--name', name, '--resume')
-    assert code == 0, err
+    end, _, err = call_ranks(again, code, '--runs', runs, '--name', name, '--resume')
+    assert end == 0, err
     (a, meta_a), (b, meta_b) = load_newest(runs/whole), load_newest(runs/name)
     if again == 2: assert meta_a | {'seconds': meta_b['seconds']} == meta_b and all(a[n].equal(b[n]) for n in a)
     for n in a:
@@ -134,7 +132,7 @@ config.get_sampler = lambda name, space, seed, **kw: plain(name, space, seed + i
 from kshot.launch import train
 train(['--runs', {str(tmp_path)!r}, *{SMALL!r}])
 '''
-    code, out, err = call(2, '-c', text)
+    code, out, err = call_ranks(2, text)
     assert code and 'ranks differ in path and code, expected one hash of all' in err
     assert len(lines(err, 'ranks differ in path and code')) == 2 and not list(tmp_path.rglob('*.safetensors'))
 
@@ -144,7 +142,7 @@ import os
 from kshot.launch import train
 train(['--runs', {str(tmp_path)!r}, '--seed', os.environ['RANK'], *{SMALL!r}])
 '''
-    code, out, err = call(2, '-c', text)
+    code, out, err = call_ranks(2, text)
     assert code and lines(err, 'ranks differ in what they are asked to train') and not list(tmp_path.rglob('*'))
 
 TRACKED = '''
@@ -164,7 +162,7 @@ with distributed(timeout=60) as shard:
 '''
 
 def test_tracked_statistics_are_averaged():
-    code, out, err = call(2, '-c', TRACKED)
+    code, out, err = call_ranks(2, TRACKED)
     assert code == 0, err
 
 def test_a_batch_that_the_processes_cannot_share(tmp_path):
@@ -191,5 +189,5 @@ dist.init_process_group('gloo')
 learn = make_learner(Config(K=2, passes=1))
 with learn.distrib_ctx(cpu=True), learn.no_bar(), learn.no_logging(): learn.fit(1)
 '''
-    code, out, err = call(2, '-c', text)
+    code, out, err = call_ranks(2, text)
     assert code and 'expected a fit inside kshot.distributed.distributed()' in err

@@ -14,7 +14,8 @@ from kshot.networks import get_net
 from kshot.simplex import SimplexNet, width_settings
 from kshot.spaces import get_space
 from kshot.checkpoint import load_newest
-from test_distributed import call, launch
+from processes import call
+from test_distributed import launch
 from test_launch import content
 
 WIDTHS, C, PX, BUDGET = (.25, .5, 1.), 8, 32, 600_000 # two paths of five fit
@@ -148,7 +149,7 @@ def test_a_checkpoint_of_another_run(runs, tmp_path, capsys, key, value, says):
     assert {f: d for f,d in content(run).items() if f.name != '.lock'} == before
 
 def test_notebook_launcher(tmp_path):
-    code, out, err = call(1, '-c', f'''
+    code, out, err = call(f'''
 from pathlib import Path
 from accelerate import notebook_launcher
 from kshot.config import Config

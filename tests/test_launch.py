@@ -1,24 +1,16 @@
 """The commands as processes: what they print, what they leave behind, how they are interrupted and resumed."""
-import hashlib, json, os, re, resource, shlex, signal, subprocess, sys, time
+import hashlib, json, os, re, resource, shlex, signal, time
 from dataclasses import fields
 from pathlib import Path
-import pytest
+import processes, pytest
 from kshot import bench, doctor, launch, study
 from kshot.checkpoint import load_newest
 from kshot.config import Config, check_config, space_of
+from processes import Fork, command
 
 QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()
-def start(command, *args, **kwargs):
-    code = f'import sys; from kshot.launch import {command}; sys.exit({command}())'
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # also where the tests themselves run in the background of a shell
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-                            **dict(preexec_fn=heard) | kwargs)
-
-def call(command, *args, **kwargs):
-    p = start(command, *args, **kwargs)
-    out, err = p.communicate(timeout=400)
-    return p.returncode, out, err
+def start(name, *args, **kwargs): return Fork(command(name), *args, **kwargs)
+def call(name, *args, **kwargs): return processes.call(command(name), *args, **kwargs)
 
 def wait_for(p, pattern, folder):
     "Until a file matches, or the process ends."
@@ -94,8 +86,7 @@ def test_another_K_or_a_damaged_checkpoint(trained, tmp_path):
 def test_full_disk_while_saving(trained, tmp_path):
     "The size of a file is limited, as on a full disk: one line, and the checkpoint before is whole."
     size = max(p.stat().st_size for p in (trained/'whole/checkpoint').iterdir())
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, size//2))
-    code, out, err = call('train', '--runs', tmp_path, *QUICK, preexec_fn=limit)
+    code, out, err = call('train', '--runs', tmp_path, *QUICK, before=[(resource.setrlimit, resource.RLIMIT_FSIZE, (size//2, size//2))])
     assert code == 2 and 'cannot be written: File too large' in err.splitlines()[-1] and 'Traceback' not in err
     assert not list((tmp_path/'run/checkpoint').iterdir())
     code, out, err = call('train', '--runs', tmp_path, '--resume')
@@ -106,12 +97,12 @@ def test_full_disk_while_saving(trained, tmp_path):
 def test_tables_make_resumes(tmp_path):
     "Killed while a table is made: the finished trainings are not repeated."
     args = ['make', 'digits', '--epochs', 1, '--seeds', 1, '--workers', 1, '--runs', tmp_path]
-    p = start('tables', *args, start_new_session=True)
+    p = start('tables', *args, before=[(os.setsid,)])
     log = tmp_path/'tables/digits.jsonl'
     while p.poll() is None and (not log.exists() or log.read_text().count('\n') < 6): time.sleep(.05)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
     kept = log.read_text()
-    p = start('tables', *args, start_new_session=True)
+    p = start('tables', *args, before=[(os.setsid,)])
     while p.poll() is None and log.read_text().count('\n') < kept.count('\n')+4: time.sleep(.05)
     os.killpg(p.pid, signal.SIGKILL); p.wait()
     rows = [json.loads(l) for l in log.read_text().splitlines(keepends=True) if l.endswith('\n')]

@@ -1,11 +1,11 @@
 "Searches that share one storage between processes, and searches that are killed"
-import os, signal, subprocess, sys, time
+import os, signal, time
 from collections import Counter
 
 import pytest
-from conftest import ROOT
 from kshot.search import Search
 from kshot.space import Block, Space
+from processes import Fork
 
 SPACE = Space('toy', tuple(Block(f'b{l}', ('a', 'b', 'c')) for l in range(6))) # 729 paths
 WORKER = '''
@@ -36,8 +36,7 @@ search(space, score, int(n), algorithm, costs={'total': sum}, budgets={'total': 
 STORAGES = '{}/s.log', 'sqlite:///{}/s.db'
 
 def start(folder, name, n, algorithm='nsga2', *args, storage=STORAGES[0], worker=WORKER):
-    return subprocess.Popen([sys.executable, '-c', worker, str(folder), name, str(n), algorithm, storage.format(folder), *args],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Fork(worker, folder, name, n, algorithm, storage.format(folder), *args)
 
 def finish(worker):
     out,err = worker.communicate(timeout=60)

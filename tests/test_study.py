@@ -1,15 +1,13 @@
 "A study from the command line: killed, resumed, shared by workers; one row of each benchmark space with images"
-import json, os, signal, subprocess, sys
-from contextlib import suppress
-from pathlib import Path
+import json, os, signal
 
 import pandas as pd
 import pytest
 
 from kshot.grid import make_rows
 from kshot.study import queue, run_row
+from processes import Fork, command
 
-BIN = Path(sys.executable).parent
 TOML = """
 K = [1, 2]
 seeds = 2
@@ -22,9 +20,7 @@ vary.sampler = ["fair"]
 """
 
 def start(runs, *args):
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) # also where the tests themselves run in the background of a shell
-    return subprocess.Popen([BIN/'kshot_study', *args, '--name', 's', '--runs', runs, '--json'],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
+    return Fork(command('study', 'study'), *args, '--name', 's', '--runs', runs, '--json')
 
 def finish(process):
     out, err = process.communicate(timeout=300)
@@ -47,7 +43,7 @@ def test_killed_and_resumed(tmp_path, toml, how, code):
     first = start(tmp_path, toml, '--workers', '2')
     for _ in range(600):
         if folder.exists() and len(done(folder)) >= 2: break
-        with suppress(subprocess.TimeoutExpired): first.wait(.5)
+        first.process.join(.5)
     os.kill(first.pid, how) # its workers notice by themselves
     first.communicate(timeout=60)
     assert first.returncode == code

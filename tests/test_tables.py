@@ -1,13 +1,14 @@
 "The benchmarks' files: imported by processes, damaged, malicious; and, where the shared data is, whole"
-import bz2, json, os, pickle, struct, subprocess, sys
+import bz2, json, os, pickle, struct
 import numpy as np
 import pandas as pd
-import pytest
+import processes, pytest
 import torch
 from kshot.importers import import_rows, masked_crc32c
 from kshot.launch import tables
 from kshot.spaces import get_space
 from kshot.tables import baselines, devices, get_table, import_table, latency, list_tables, read_table, write_table
+from processes import command
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
@@ -74,10 +75,9 @@ def test_import_show_list(home, tmp_path, call):
 
 def test_json_is_alone_on_stdout(home, tmp_path):
     "A long import shows a bar, which is not part of the result"
-    argv = [sys.executable, '-c', 'from kshot.launch import tables; tables()', 'import', 'nb201', nats_folder(tmp_path/'NATS-simple', 120)]
-    p = subprocess.run([*argv, '--save_as', 'nats', '--json'], capture_output=True, text=True, timeout=100)
-    assert p.returncode == 0, p.stderr
-    assert json.loads(p.stdout)['name'] == 'nats' and json.loads(p.stdout)['splits'][0]['paths'] == 120
+    code, out, err = processes.call(command('tables'), 'import', 'nb201', nats_folder(tmp_path/'NATS-simple', 120), '--save_as', 'nats', '--json')
+    assert code == 0, err
+    assert json.loads(out)['name'] == 'nats' and json.loads(out)['splits'][0]['paths'] == 120
 
 def damaged(kind, tmp_path, ran):
     "Format, damaged source and what the message says"
