@@ -7,8 +7,8 @@ __all__ = ['SUFFIXES', 'FORMATS', 'IMAGENET_STATS', 'GREY', 'AUGMENT', 'Files', 
            'image_tfm', 'image_seed', 'ImageFiles', 'check_batches', 'EpochOrder', 'to_floats', 'default_workers',
            'FileLoader', 'images_per_second']
 
-# %% ../nbs/44_folder.ipynb #79a868c9
-import copy, os, time, warnings
+# %% ../nbs/44_folder.ipynb #e821ef2f
+import copy, os, time, warnings, weakref
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -236,7 +236,7 @@ class FileLoader:
         "Names of the files met so far that could not be read."
         return sorted(self._broken)
 
-# %% ../nbs/44_folder.ipynb #eeeffc0d
+# %% ../nbs/44_folder.ipynb #27988270
 @patch
 def to(self:FileLoader,
     device:torch.device|str, # where batches shall go
@@ -245,6 +245,7 @@ def to(self:FileLoader,
     self.device = torch.device(device)
     self.affine = to_floats(torch.empty(1, *self.x_shape, dtype=torch.uint8, device=self.device), IMAGENET_STATS)
     self.reader = self._reader(self.order, persistent_workers=self.n_workers > 0)
+    weakref.finalize(self, len, self.reader) # it outlives the loader: collected with it, it would wait 5 s for each worker
     return self
 
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_report']
 
-# %% ../nbs/94_report.ipynb #f7ec820d
+# %% ../nbs/94_report.ipynb #b0c73702
 from pathlib import Path as FilePath
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from .files import read_log
 from .look import label_of
 from .page import write_report
 from .rank import align_scores, rank_scores
-from .runs import get_truth, load_run, read_run
+from .runs import get_truth, load_codes, read_run
 
 # %% ../nbs/94_report.ipynb #ca890911
 def _read(folder, name): # a Parquet file of a run, or None
@@ -40,14 +40,14 @@ def _rank_section(runs, asked):
              plots.plot_protocol(protocol.set_index('scorer'), _names(scores)), protocol.round(3)),
             ('Accuracies', plots.plot_accuracy(both, by='name'))]
 
-# %% ../nbs/94_report.ipynb #e32d6dd8
+# %% ../nbs/94_report.ipynb #465f3f98
 def _codes_section(folder):
     "Codes of the scored paths of a run with K > 1, or of a sample if it was not scored."
     if read_run(folder)['config']['K'] == 1: return []
-    config, learn = load_run(folder)
+    config, module = load_codes(folder)
     space, scores = space_of(config), _read(folder, 'scores')
     paths = sorted(set(space.sample(np.random.default_rng(0), 2000))) if scores is None else [space.parse(p) for p in scores.path]
-    with torch.no_grad(): codes = learn.k_shot.codes(paths).cpu().numpy()
+    with torch.no_grad(): codes = module(paths).numpy()
     color = None if scores is None else scores.acc_super.to_numpy()
     text = f'Each of the {len(paths)} paths mixes {config.K} supernets; a code of 1/{config.K} everywhere is the centre of the simplex.'
     return [('Simplex codes', text,

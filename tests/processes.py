@@ -1,7 +1,7 @@
 """Processes for tests: forks of one that has imported kshot, so that none has to wait for an import.
 What starts a process in earnest (torchrun, accelerate, entry points) is started in earnest where it is the subject."""
 import os, signal, socket, sys, tempfile, warnings
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 CONTEXT = get_context('forkserver')
@@ -13,6 +13,7 @@ def _run(code, args, env, before, streams):
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler) # also where the tests themselves run in the background of a shell
     warnings.simplefilter('ignore')
+    set_start_method('fork', force=True) # as fastai sets it: a process of this kind would go on with its own
     sys.argv = ['-c', *args]
     for f,*a in before: f(*a)
     exec(code, {'__name__': '__main__'})

@@ -1,5 +1,5 @@
 "Images as other programs write and read them, splits that hold across processes, the real CIFAR-10, a GPU"
-import io, os, pickle
+import gc, io, os, pickle
 from pathlib import Path
 from unittest.mock import patch
 
@@ -232,6 +232,21 @@ def test_shards_with_workers(photos):
         for (x,y),*shares in zip(one[i], *(o[i] for o in ranks), strict=True):
             for r,(a,b) in enumerate(shares): assert torch.equal(a, x[r::2]) and torch.equal(b, y[r::2])
     assert sorted({f for dls in ranks for dl in dls for f in dl.broken}) == sorted({f for dl in one for f in dl.broken})
+
+def test_workers_are_told_to_stop(photos, monkeypatch):
+    "Though the loader is collected with a cycle: else the queue would already be at its end, and nobody would hear."
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers
+    plain, ends = Workers._shutdown_workers, []
+    def shutdown(self):
+        ends.append([len(q._buffer) for q in self._index_queues])
+        plain(self)
+    monkeypatch.setattr(Workers, '_shutdown_workers', shutdown)
+    dl = photo_loaders(photos, n_workers=2).train
+    list(dl), list(dl)
+    dl.cycle = [dl]
+    del dl
+    gc.collect()
+    assert ends == [[0, 0]]
 
 def test_workers_that_are_not_forked(photos):
     images = photo_loaders(photos, augment='strong').train.images

@@ -86,16 +86,19 @@ def test_errors(tmp_path, toml):
     assert 'digits_kernel=crop_K1_seed0' in fails(toml)
     assert not (tmp_path/'s').exists()
 
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('home') # images and tables are read once
+
 SMALL = dict(channels=4, n_cells=1, px=8, n_train=500, n_valid=200, bs=50, epochs=2, n_paths=12)
 
 @pytest.mark.parametrize('space,settings', [
     ('nb201', dict(kernel='transform', wsbn=True, op_on='node', drop_path=.1)),
     ('nb101', dict(channelling='disjoint', wsbn=True, kernel='crop', sampler='random_nas')),
     ('darts', dict(kernel='crop', op_on='edge', drop_path=.1, sampler='fair', n_cells=3, epochs=1))])
-def test_a_row_with_images(tmp_path, data, monkeypatch, space, settings):
+def test_a_row_with_images(tmp_path, data, home, monkeypatch, space, settings):
     "One complete row on CIFAR-10 at reduced size: trained, resumed, scored, ranked against the benchmark's table where there is one."
     monkeypatch.setenv('KSHOT_DATA', str(data))
-    monkeypatch.setenv('KSHOT_HOME', str(tmp_path/'home'))
+    monkeypatch.setenv('KSHOT_HOME', str(home))
     row, = make_rows(SMALL | dict(space=space) | settings, {}, K=(2,), seeds=1)
     found = run_row(row, tmp_path)
     assert found['updates'] == 10*SMALL['epochs']*(1 if space != 'darts' else .5*8)
