@@ -73,7 +73,7 @@ class Switch:
         "Yields ten times a second until the pause is over; Ctrl-C gets through."
         while not self.go.wait(.1): yield
 
-# %% ../nbs/86_controls.ipynb #aba73904
+# %% ../nbs/86_controls.ipynb #f23b5ec9
 class LivePanel(Panel):
     "What goes on, and buttons to pause and stop it."
     def __init__(self,
@@ -100,7 +100,7 @@ class LivePanel(Panel):
         self.pausing.description, self.pausing.icon = ('Resume', 'play') if on and s.is_paused else ('Pause', 'pause')
         self.stopping.description = 'End now' if on and s.stops else self.stop_word
         for b in (self.pausing, self.stopping): b.disabled, b.layout.display = not on, '' if self.window.width and self.can_stop else 'none'
-        answer_now(self.window, self.pausing, self.stopping)
+        answer_now(self.pausing, self.stopping)
 
 # %% ../nbs/86_controls.ipynb #20e15f57
 @patch

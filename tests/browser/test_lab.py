@@ -83,12 +83,18 @@ class Notebook:
         self.page.wait_for_timeout(800) # what plotly draws in several strokes
         self.page.screenshot(path=SHOTS/f'{self.name}_{what}.png')
 
+def _hold(socket, held):
+    text = lambda m: m if isinstance(m, bytes) else m.encode()
+    server = socket.connect_to_server()
+    server.on_message(lambda m: held.append((socket, m)) if b'create_subshell_reply' in text(m) else socket.send(m))
+
 @pytest.fixture
 def notebook(lab, chromium):
     "Function that opens a notebook of the lab; in the end there must be no error in the console and no request to another machine."
     opened = []
-    def open_notebook(fname, width=1200, height=1000):
+    def open_notebook(fname, width=1200, height=1000, held=None): # `held` gets the answers to JupyterLab's wish for a subshell, instead of it
         page = chromium.new_page(viewport=dict(width=width, height=height))
+        if held is not None: page.route_web_socket(re.compile('/api/kernels/'), lambda socket: _hold(socket, held))
         nb = Notebook(page, Path(fname).stem)
         page.set_default_timeout(90_000)
         page.on('console', lambda m: nb.errors.append(m.text) if m.type == 'error' else None)
@@ -190,6 +196,26 @@ def test_views_closed_while_training(lab, notebook):
     late = [e for e in nb.errors if e.startswith('Error setting state')] # plotly draws into closed views, until the kernel has heard that they are
     assert len(late) <= 4 # it would be a dozen if it had not
     nb.errors[:] = [e for e in nb.errors if e not in late]
+
+def test_a_page_that_spoke_too_early(lab, notebook):
+    "What it said before there was a subshell waits for the end of the cell; it says it again."
+    write_notebook(lab.root/'early.ipynb', '''
+from kshot.widgets import Window
+window, heard = Window(), []
+window.observe(lambda change: heard.append(change.new), 'width')
+display(window)
+''', '''
+import time
+while not heard: time.sleep(.1)
+print(f'{len(heard)} heard while busy')
+''')
+    nb = notebook('early.ipynb', held=(held := []))
+    nb.run_all()
+    nb.wait('.jp-Cell:nth-of-type(2) .jp-InputPrompt:text("[*]:")')
+    nb.page.wait_for_timeout(1500)
+    assert held
+    for socket,answer in held: socket.send(answer)
+    nb.wait('text=1 heard while busy', 30)
 
 # whether the buttons of a figure `g` lie over its title
 BUTTONS_OVER_TITLE = """(() => { const [a, b] = ['.modebar', '.gtitle'].map(s => g.querySelector(s).getBoundingClientRect());
