@@ -24,7 +24,7 @@ demo: $(READY) ## train, rank, search and retrain on digits, and write runs/demo
 
 test: $(READY) ## all tests: the notebooks, then tests/; pytest has the last word on both
 	@OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --do_print --timing --flags "$(FLAGS)" 2>&1 | tee $(LOG)
-	@OMP_NUM_THREADS=1 NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests -n auto --dist loadfile --flags "$(FLAGS)"
+	@OMP_NUM_THREADS=1 NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --flags "$(FLAGS)"
 
 lab: $(READY) ## JupyterLab on the quickstart
 	@$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/tutorials/quickstart.ipynb $(ARGS)

@@ -13,7 +13,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for name,why in MARKS.items(): config.addinivalue_line('markers', f'{name}: {why}')
 
+LAST = 'test_distributed', 'test_imagenet', 'test_launch', 'test_study' # several processes each: not beside the browser, which is the longest
+
 def pytest_collection_modifyitems(config, items):
+    place = lambda item: 0 if item.path.parent.name == 'browser' else 1 + (item.path.stem in LAST)
+    items.sort(key=place)
     asked = config.getoption('--flags').split() + config.getoption('-m').split()
     for item in items:
         for name in set(MARKS) & {m.name for m in item.iter_markers()} - set(asked):

@@ -1,11 +1,17 @@
 """Processes for tests: forks of one that has imported kshot, so that none has to wait for an import.
 What starts a process in earnest (torchrun, accelerate, entry points) is started in earnest where it is the subject."""
-import os, signal, socket, sys, tempfile, warnings
-from multiprocessing import get_context, set_start_method
+import atexit, os, signal, socket, sys, tempfile, warnings
+from multiprocessing import active_children, get_context, set_start_method
 from pathlib import Path
+
+import torch
 
 CONTEXT = get_context('forkserver')
 CONTEXT.set_forkserver_preload(['kshot.launch', 'kshot.study', 'kshot.bench'])
+
+@atexit.register
+def _end(): # of what a failed test has left, which Python would wait for
+    for p in active_children(): p.kill()
 
 def _run(code, args, env, before, streams):
     for fd,fname in enumerate(streams, 1): os.dup2(os.open(fname, os.O_WRONLY|os.O_APPEND), fd)
@@ -14,6 +20,7 @@ def _run(code, args, env, before, streams):
     signal.signal(signal.SIGINT, signal.default_int_handler) # also where the tests themselves run in the background of a shell
     warnings.simplefilter('ignore')
     set_start_method('fork', force=True) # as fastai sets it: a process of this kind would go on with its own
+    torch.set_num_threads(1)
     sys.argv = ['-c', *args]
     for f,*a in before: f(*a)
     exec(code, {'__name__': '__main__'})
@@ -60,6 +67,6 @@ def call_ranks(n, code, *args) -> tuple[int, str, str]: # the worst end, what al
     if n == 1: return call(code, *args)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}', WORLD_SIZE=f'{n}', LOCAL_WORLD_SIZE=f'{n}')
-    all = [Fork(code, *args, env=group | dict(RANK=f'{i}', LOCAL_RANK=f'{i}')) for i in range(n)]
-    said = [p.communicate() for p in all]
-    return max((p.returncode for p in all), key=abs), *map(''.join, zip(*said))
+    ranks = [Fork(code, *args, env=group | dict(RANK=f'{i}', LOCAL_RANK=f'{i}')) for i in range(n)]
+    said = [p.communicate() for p in ranks]
+    return max((p.returncode for p in ranks), key=abs), *map(''.join, zip(*said))

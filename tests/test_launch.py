@@ -1,5 +1,5 @@
 """The commands as processes: what they print, what they leave behind, how they are interrupted and resumed."""
-import hashlib, json, os, re, resource, shlex, signal, time
+import hashlib, json, os, re, resource, shlex, signal, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
 import processes, pytest
@@ -20,10 +20,11 @@ def content(folder): return {p.relative_to(folder): hashlib.sha256(p.read_bytes(
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    "Folder of runs with one finished run, `whole`."
+    "Folder of runs with one finished run, `whole`, by the command as it is installed."
     runs = tmp_path_factory.mktemp('runs')
-    code, out, err = call('train', '--runs', runs, '--name', 'whole', *QUICK)
-    assert code == 0, err
+    argv = [Path(sys.executable).with_name('kshot_train'), '--runs', runs, '--name', 'whole', *QUICK]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr
     return runs
 
 def test_train_leaves_a_run(trained):

@@ -70,8 +70,12 @@ class Notebook:
     def __init__(self, page, name): self.page, self.name, self.errors, self.asked = page, name, [], set()
 
     def run_all(self):
-        self.page.get_by_role('menuitem', name='Run', exact=True).click()
-        self.page.get_by_role('menuitem', name=re.compile('^Run All Cells')).click()
+        for _ in range(3): # cells that are run before the page has its kernel are dropped without a word
+            self.page.get_by_role('menuitem', name='Run', exact=True).click()
+            self.page.get_by_role('menuitem', name=re.compile('^Run All Cells')).click()
+            self.page.wait_for_timeout(1000)
+            if self.page.locator('.jp-InputPrompt', has_text=re.compile(r'\[(\*|\d+)\]')).count(): return
+        raise AssertionError('no cell runs')
 
     def wait(self, selector, timeout=90): return self.page.wait_for_selector(selector, timeout=timeout*1000)
 
@@ -103,7 +107,7 @@ def notebook(lab, chromium):
         page.goto(f'{lab.url}/doc/tree/{fname}?reset', timeout=90_000)
         nb.wait('.jp-NotebookPanel .jp-CodeCell')
         nb.wait('text=/\\| Idle/') # of the kernel, in the status bar
-        page.wait_for_timeout(1500) # cells that are run before the page has its kernel are dropped without a word
+        page.wait_for_timeout(1500)
         opened.append(nb)
         return nb
     yield open_notebook
