@@ -184,19 +184,19 @@ live = LiveCallback()
 learn = kshot_learner(digits_net(), get_space('digits'), digits_data(passes=25), K=2)
 display(live.open()) # a view here, and one where it is trained
 '''
-FIT = "learn.fit(8, cbs=[cosine(.05), live])"
+FIT = "learn.fit(5, cbs=[cosine(.05), live])"
 SEEN = "print('seen', live.log[-1]['update'], 'updates,', live.panel.word)"
 
 def test_views_closed_while_training(lab, notebook):
     write_notebook(lab.root/'closed.ipynb', TRAINING, FIT, SEEN)
     nb = notebook('closed.ipynb')
     nb.run_all()
-    until(nb, "() => [...document.querySelectorAll('.kshot-panel .widget-html')].filter(o => /epoch \\d of 8/.test(o.textContent)).length == 2", 60)
+    until(nb, "() => [...document.querySelectorAll('.kshot-panel .widget-html')].filter(o => /epoch \\d of 5/.test(o.textContent)).length == 2", 60)
     said = nb.page.evaluate("() => [...document.querySelectorAll('.kshot-panel .widget-html')].map(o => o.textContent)")
     assert len(said) == 2 and len(set(said)) == 1 # both say the same
     nb.page.get_by_role('menuitem', name='Edit', exact=True).click()
     nb.page.get_by_role('menuitem', name=re.compile('^Clear Outputs of All Cells')).click()
-    nb.wait('text=/seen 1600 updates, done in/', 180)
+    nb.wait('text=/seen 1000 updates, done in/', 180)
     late = [e for e in nb.errors if e.startswith('Error setting state')] # plotly draws into closed views, until the kernel has heard that they are
     assert len(late) <= 4 # it would be a dozen if it had not
     nb.errors[:] = [e for e in nb.errors if e not in late]
