@@ -6,6 +6,8 @@ ARGS   ?=#         arguments of the command that demo, lab and bench run
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
+# tests/browser runs the quickstart where there is a browser: once is enough
+BROWSER := $(wildcard $(foreach b,chromium chromium-browser google-chrome,$(addsuffix /$b,$(subst :, ,$(PATH)))))
 LOG   := $(VENV)/notebooks.log
 
 # a PYTHON that is asked for is never passed over for the one that VENV has
@@ -23,7 +25,7 @@ demo: $(READY) ## train, rank, search and retrain on digits, and write runs/demo
 	@$(BIN)/kshot_demo $(ARGS)
 
 test: $(READY) ## all tests: the notebooks, then tests/; pytest has the last word on both
-	@OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --do_print --timing --flags "$(FLAGS)" 2>&1 | tee $(LOG)
+	@OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --do_print --timing --flags "$(FLAGS)" $(if $(BROWSER),--skip_file_re '^([_.]|quickstart)') 2>&1 | tee $(LOG)
 	@OMP_NUM_THREADS=1 NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --flags "$(FLAGS)"
 
 lab: $(READY) ## JupyterLab on the quickstart
