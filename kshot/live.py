@@ -255,7 +255,7 @@ def learn(self:LiveCallback, learn):
         self._close(self._kept(f'{how} after update {self.update:,}'))
     vars(self)['_learn'] = learn
 
-# %% ../nbs/89_live.ipynb #f27ab9c3
+# %% ../nbs/89_live.ipynb #d4b265c9
 class LiveSearch:
     "Draw a search while it runs; `search.run(score, n, progress=LiveSearch())`."
     def __init__(self,
@@ -264,7 +264,7 @@ class LiveSearch:
         share:float=.02,         # of the search time, at most
     ):
         self.cost, self.take, self.share, self.switch, self.panel = cost, take, share, Switch(), None
-        self.search, self.frame, self.path, self.subnet = None, pd.DataFrame(dict(path=[])), None, None
+        self.search, self.frame, self.path, self.subnet, self.taken = None, pd.DataFrame(dict(path=[])), None, None, None
         self.jobs, self.budget, self.lock, self.guard = queue.SimpleQueue(), self._budget(), threading.RLock(), Guard()
 
     def _budget(self): return Budget(self.share, dict(tick=.05, drawing=.95))
@@ -282,10 +282,10 @@ class LiveSearch:
         self.extract.on_click(lambda _: self._ask())
         return self.panel
 
-# %% ../nbs/89_live.ipynb #e8992a06
+# %% ../nbs/89_live.ipynb #d9228533
 @patch
 def __enter__(self:LiveSearch) -> LiveSearch:
-    self.search, self.path, self.subnet, self.is_chosen, self.guard, self.bar = None, None, None, False, Guard(), ExitStack()
+    self.search, self.path, self.subnet, self.taken, self.is_chosen, self.guard, self.bar = None, None, None, None, False, Guard(), ExitStack()
     self.switch.__init__()
     if in_kernel(): display(self.open())
     return self
@@ -359,7 +359,9 @@ def _redraw(self:LiveSearch):
     with self.lock:
         if self.search and 'drawing' not in self.guard.off: self.guard('drawing', self._draw, self.panel)
 
-# %% ../nbs/89_live.ipynb #c2a6dbef
+# %% ../nbs/89_live.ipynb #bbd737d1
+_TAKEN = '&ensp;is now <code>.subnet</code>'
+
 @patch
 def _draw(self:LiveSearch):
     s, cost, path = self.search, self.costs.value, self.path
@@ -367,7 +369,7 @@ def _draw(self:LiveSearch):
     if len(rows := self.frame[self.frame.path == text]):
         row = rows.iloc[0]
         number = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
-        self.about.value = f'<b>{escape(text)}</b>&ensp;' + escape(', '.join(f'{k} {number(row[k])}' for k in ('score', *s.costs)))
+        self.about.value = f'<b>{escape(text)}</b>&ensp;' + escape(', '.join(f'{k} {number(row[k])}' for k in ('score', *s.costs))) + _TAKEN*(path == self.taken)
         if self.drawn.figure is None or not self.drawn.figure.layout.title.text.endswith(f' {text}'):
             self.drawn.show(draw_path(s.space, path))
     label = 'chosen' if self.is_chosen else 'best so far'
@@ -392,4 +394,4 @@ def _work(self:LiveSearch):
     while not self.jobs.empty():
         path = self.jobs.get()
         def work(): self.subnet = self.take(path)
-        if self.guard('subnet', work, self.panel, math.inf): self.about.value += '&ensp;is now <code>.subnet</code>'
+        if self.guard('subnet', work, self.panel, math.inf) and self.taken != path: self.taken, self.about.value = path, self.about.value + _TAKEN
