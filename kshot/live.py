@@ -282,10 +282,11 @@ class LiveSearch:
         self.extract.on_click(lambda _: self._ask())
         return self.panel
 
-# %% ../nbs/89_live.ipynb #d9228533
+# %% ../nbs/89_live.ipynb #2fa2f0f4
 @patch
 def __enter__(self:LiveSearch) -> LiveSearch:
-    self.search, self.path, self.subnet, self.taken, self.is_chosen, self.guard, self.bar = None, None, None, None, False, Guard(), ExitStack()
+    self.search = self.path = self.subnet = self.taken = None
+    self.is_chosen, self.guard, self.bar = False, Guard(), ExitStack()
     self.switch.__init__()
     if in_kernel(): display(self.open())
     return self
@@ -359,7 +360,7 @@ def _redraw(self:LiveSearch):
     with self.lock:
         if self.search and 'drawing' not in self.guard.off: self.guard('drawing', self._draw, self.panel)
 
-# %% ../nbs/89_live.ipynb #bbd737d1
+# %% ../nbs/89_live.ipynb #520d7106
 _TAKEN = '&ensp;is now <code>.subnet</code>'
 
 @patch
@@ -394,4 +395,5 @@ def _work(self:LiveSearch):
     while not self.jobs.empty():
         path = self.jobs.get()
         def work(): self.subnet = self.take(path)
-        if self.guard('subnet', work, self.panel, math.inf) and self.taken != path: self.taken, self.about.value = path, self.about.value + _TAKEN
+        if self.guard('subnet', work, self.panel, math.inf) and self.taken != path:
+            self.taken, self.about.value = path, self.about.value + _TAKEN
