@@ -360,7 +360,7 @@ def _redraw(self:LiveSearch):
     with self.lock:
         if self.search and 'drawing' not in self.guard.off: self.guard('drawing', self._draw, self.panel)
 
-# %% ../nbs/89_live.ipynb #520d7106
+# %% ../nbs/89_live.ipynb #8e263a41
 _TAKEN = '&ensp;is now <code>.subnet</code>'
 
 @patch
@@ -370,7 +370,8 @@ def _draw(self:LiveSearch):
     if len(rows := self.frame[self.frame.path == text]):
         row = rows.iloc[0]
         number = lambda v: f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
-        self.about.value = f'<b>{escape(text)}</b>&ensp;' + escape(', '.join(f'{k} {number(row[k])}' for k in ('score', *s.costs))) + _TAKEN*(path == self.taken)
+        said = escape(', '.join(f'{k} {number(row[k])}' for k in ('score', *s.costs)))
+        self.about.value = f'<b>{escape(text)}</b>&ensp;{said}' + _TAKEN*(path == self.taken)
         if self.drawn.figure is None or not self.drawn.figure.layout.title.text.endswith(f' {text}'):
             self.drawn.show(draw_path(s.space, path))
     label = 'chosen' if self.is_chosen else 'best so far'
