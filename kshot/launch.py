@@ -219,7 +219,7 @@ def _found(folder:FilePath) -> dict:
                 acc_alone=alone['acc_alone'], acc_table=float(truth[search['path']]), rank=rank(truth), of=len(truth),
                 rank_in_budget=rank(within), of_in_budget=len(within), best_in_budget=float(within.max()))
 
-# %% ../nbs/95_launch.ipynb #56418c90
+# %% ../nbs/95_launch.ipynb #f9cd1d6e
 @command(alone=True, examples={
     '': 'minutes on two cores, then runs/demo/report.html',
     '--quick --name quick': 'does it work at all?',
@@ -244,7 +244,8 @@ def demo(
         for k,config in both.items():
             print(f'{k}: {config.K} supernet{"s" if config.K > 1 else ""}, {epochs*config.passes*8:,} updates')
             ensure_trained(config, folder/k)
-        truth = get_truth('digits', 125 if quick else None)
+        against = dict(table='digits', n=125 if quick else None)
+        truth = get_truth(**against)
         ranks = rank_scores({k: score_run(folder/k, list(truth.index), progress=True) for k in both}, truth)
         best = folder/'kshot'
         budget = dict(macs=float(get_table('digits').frame.macs.median()))
@@ -252,7 +253,7 @@ def demo(
         retrain_run(best, seed=seed)
         record['results'] = dict(rank=json.loads(ranks.set_index('scorer').to_json(orient='index')), search=_found(best))
         record['seconds'] = round(time.time()-started, 1)
-        make_report(folder/'report.html', 'kshot demo: digits', {k: folder/k for k in both}, dict(table='digits'))
+        make_report(folder/'report.html', 'kshot demo: digits', {k: folder/k for k in both}, against)
         write_run(folder, record)
     return record, _demo_text(record, folder)
 
