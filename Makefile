@@ -9,6 +9,8 @@ READY := $(VENV)/.ready
 # tests/browser runs the quickstart where there is a browser: once is enough
 BROWSER := $(wildcard $(foreach b,chromium chromium-browser google-chrome,$(addsuffix /$b,$(subst :, ,$(PATH)))))
 LOG   := $(VENV)/notebooks.log
+# what notebooks and tests expect are a CPU's numbers
+TEST  := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
 # a PYTHON that is asked for is never passed over for the one that VENV has
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -24,9 +26,9 @@ help: ## this list
 demo: $(READY) ## train, rank, search and retrain on digits, and write runs/demo/report.html
 	@$(BIN)/kshot_demo $(ARGS)
 
-test: $(READY) ## all tests: the notebooks, then tests/; pytest has the last word on both
-	@OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --do_print --timing --flags "$(FLAGS)" $(if $(BROWSER),--skip_file_re '^([_.]|quickstart)') 2>&1 | tee $(LOG)
-	@OMP_NUM_THREADS=1 NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --flags "$(FLAGS)"
+test: $(READY) ## tests: the notebooks, then tests/; FLAGS="slow cuda" adds the slow ones and those of a GPU
+	@$(TEST) PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --do_print --timing --flags "$(FLAGS)" $(if $(BROWSER),--skip_file_re '^([_.]|quickstart)') 2>&1 | tee $(LOG)
+	@$(if $(findstring cuda,$(FLAGS)),OMP_NUM_THREADS=1,$(TEST)) NOTEBOOKS_LOG=$(LOG) $(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --flags "$(FLAGS)"
 
 lab: $(READY) ## JupyterLab on the quickstart
 	@$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/tutorials/quickstart.ipynb $(ARGS)

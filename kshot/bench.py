@@ -38,7 +38,6 @@ from .train import by_decay, cosine, sgd
 
 # %% ../nbs/97_bench.ipynb #a7e8803c
 def _finish(loss:Tensor, opt): loss.backward(); opt.step(); opt.zero_grad()
-def _device() -> str: return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def plain_step(net:nn.Module, bf16:bool=False) -> Callable: # step(x, y, path)
     "Step of the network itself: of the subnet alone, since the other ops rest."
@@ -51,7 +50,7 @@ def plain_step(net:nn.Module, bf16:bool=False) -> Callable: # step(x, y, path)
 def supernet_step(net:nn.Module, K:int, bf16:bool=False) -> Callable: # step(x, y, path)
     "Step of K-shot supernets at the uniform code."
     supernet = Supernet(net, K, bf16=bf16)
-    opt, code = sgd(supernet.by_decay(), lr=.01), torch.full((K,), 1/K, device=_device())
+    opt, code = sgd(supernet.by_decay(), lr=.01), torch.full((K,), 1/K, device=fastest_device())
     return lambda x,y,path: _finish(F.cross_entropy(supernet(x, path, code), y), opt)
 
 def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
@@ -125,7 +124,7 @@ def _high_water(): # KiB; Linux (`getrusage` would report the parent's mark wher
 
 def _contest(bs, space, c, px, bf16): # network, space, images, classes, bfloat16?
     torch.manual_seed(0)
-    d, shape = _device(), X_SHAPES[space]
+    d, shape = fastest_device(), X_SHAPES[space]
     x, y = torch.randn(bs, shape[0], *[px or shape[1]]*2), torch.randint(0, 10, (bs,))
     net = get_net(space, c).to(d, memory_format=torch.channels_last)
     return net, get_space(space), x.to(d).contiguous(memory_format=torch.channels_last), y.to(d), bf16
@@ -168,7 +167,7 @@ def bench_score(
 ) -> dict:          # ratios of times and paths per second
     "Cost of scoring paths."
     torch.manual_seed(0)
-    net, sp, d = get_net(space, c, n_cells).to(_device()), get_space(space), _device()
+    net, sp, d = get_net(space, c, n_cells).to(fastest_device()), get_space(space), fastest_device()
     pixels = lambda n: torch.randn(n, 3, px, px, device=d).contiguous(memory_format=torch.channels_last)
     images = lambda n: (pixels(n), torch.randint(0, 10, (n,), device=d))
     batches, cal = [images(n_valid)], [images(64) for _ in range(4)]
@@ -183,8 +182,8 @@ def bench_score(
                 paths_per_second=rates, time_over_K1={k: ratio(times, k, 'K1') for k in times})
 
 def _score_each(supernet, paths, batches, cal, bf16):
-    code = torch.full((supernet.K,), 1/supernet.K, device=_device())
-    with torch.autocast(_device(), torch.bfloat16, bf16):
+    code = torch.full((supernet.K,), 1/supernet.K, device=fastest_device())
+    with torch.autocast(code.device.type, torch.bfloat16, bf16):
         for p in paths: score_path(supernet, p, code, batches, cal)
 
 # %% ../nbs/97_bench.ipynb #81a70396

@@ -132,7 +132,7 @@ def parts(
     seed:int|None=None, # of order and augmentation; None: the configuration's
     shard:World=World(), # which part of every batch
     augment:str='mild', # of the training images; 'strong' for those that are read from files
-) -> tuple[Space, nn.Module, DataLoaders]: # network and data on the GPU, if there is one
+) -> tuple[Space, nn.Module, DataLoaders]: # data on the GPU, if there is one
     "Space, network and data of a configuration; `ValueError` for a value that makes no sense."
     space = space_of(config)
     check_config(config, space)
@@ -140,8 +140,7 @@ def parts(
     if augment != 'mild': given['augment'] = augment
     seed = config.seed if seed is None else seed
     dls = get_data(config.data, bs=config.bs, seed=seed, passes=config.passes, shard=shard, **given)
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    return space, _net(config, dls).to(device, memory_format=torch.channels_last), dls.to(device)
+    return space, _net(config, dls).to(memory_format=torch.channels_last), dls
 
 _UNSAID = dict(portion=None, n_train=0, n_valid=0, px=0, folder=None, n_workers=-1)
 
@@ -194,7 +193,7 @@ def make_learner(
     torch.manual_seed(config.seed)
     space, net, dls = parts(config, shard=shard)
     cost = cost_of(config, dls) # what can't run fails before anything is written
-    codes = codes_of(config).to(dls.device)
+    codes = codes_of(config)
     tell_apart = lambda codes, paths: config.width_weight*width_discrimination(codes, space, paths)
     learn = kshot_learner(net, space, dls, config.K, codes, _sampler(config, space, cost), wd=config.wd, even_step=config.even_step,
                           apart=config.apart, bf16=config.bf16 and dls.device.type == 'cuda', track=config.track_bn, mode=config.mode,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TensorLoader', 'move', 'crop_and_flip', 'split_classes', 'balanced', 'shift_and_noise', 'digits_splits',
-           'even', 'loaders', 'digits_data', 'mean_std', 'shrink', 'image_splits', 'image_data', 'imagenet_data',
-           'held', 'get_data']
+           'even', 'fastest_device', 'loaders', 'digits_data', 'mean_std', 'shrink', 'image_splits', 'image_data',
+           'imagenet_data', 'held', 'get_data']
 
 # %% ../nbs/45_data.ipynb #81d1af31
 import copy, sys, warnings
@@ -55,6 +55,8 @@ class TensorLoader:
 
     @property
     def x_shape(self) -> tuple[int, ...]: return tuple(self.x.shape[1:])
+    @property
+    def device(self) -> torch.device: return self.x.device
     def to_detach(self, b:Tensor, cpu:bool=True, gather:bool=True) -> Tensor:
         "What fastai's metrics add up: of this process alone, where it is."
         return b.detach()
@@ -183,12 +185,16 @@ def even(
     "Size of as few batches as there must be, all equal but for the last, which is smaller only where it can't be helped."
     return -(-n // -(-n//most))
 
+def fastest_device() -> torch.device:
+    "A CUDA device if there is one, else the CPU."
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
 def loaders(
     c:int, # number of classes
     *dls:TensorLoader|FileLoader, # train, valid, test
 ) -> DataLoaders: # that know their `c`
-    "Loaders of a set, as fastai takes them."
-    out = DataLoaders(*dls)
+    "Loaders of a set, as fastai takes them, moved to the fastest device; `.to` moves them elsewhere."
+    out = DataLoaders(*dls, device=fastest_device())
     out.c = c
     return out
 

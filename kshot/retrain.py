@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
 from .checkpoint import broken_images, checkpoints, is_at_chance, load_newest, plain_errors, save_newest, tidy
-from .train import SkipValidation, by_decay, check_tensors, sgd
+from .train import SkipValidation, by_decay, check_tensors, device_of, sgd
 
 # %% ../nbs/64_retrain.ipynb #2cf4d8f6
 class Recipe(NamedTuple):
@@ -262,7 +262,7 @@ def retrain(
 ) -> Retrained:        # log and averaged module
     "Train a plain module by a recipe; `ValueError` for a folder or checkpoint of another run, another batch, a loss that isn't finite."
     if recipe.bs not in (0, dls.train.bs): raise ValueError(f'batch size {dls.train.bs}, expected {recipe.bs} as the recipe has it')
-    rule, keep = RecipeCallback(recipe, seed), RetrainCallback(folder, resume, progress)
+    module, rule, keep = module.to(device_of(dls)), RecipeCallback(recipe, seed), RetrainCallback(folder, resume, progress)
     learn = Learner(dls, module, nn.CrossEntropyLoss(label_smoothing=recipe.smoothing), lr=recipe.lr,
                     opt_func=partial(OPTIMISERS[recipe.opt], wd=recipe.wd), splitter=by_decay)
     device = next(module.parameters()).device

@@ -247,7 +247,7 @@ def subnet(self:Supernet,
     params = {}
     for name,t in self.weights([path], code[None])[0].items():
         m,leaf = place(name)
-        m._parameters[leaf] = params.setdefault(t.data_ptr(), nn.Parameter(t.detach().clone()))
+        m._parameters[leaf] = params.setdefault(id(t), nn.Parameter(t.detach().clone()))
     for name,t in {**({} if self.track else fresh_stats(self, path)), **(stats or {})}.items():
         m,leaf = place(name)
         m._buffers[leaf] = t.clone()

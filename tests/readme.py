@@ -1,5 +1,5 @@
-"README.md is nbs/index.ipynb as Markdown, made without Quarto"
-import re
+"README.md is nbs/index.ipynb as Markdown, made without Quarto, with a picture of what is in results/"
+import json, re, sys
 from os.path import normpath
 from pathlib import Path
 
@@ -24,4 +24,30 @@ def readme(
     local = lambda m: m[1] + (normpath(f'nbs/{m[2]}') if (root/'nbs'/m[2]).exists() else m[2])
     return re.sub(r'\n{3,}', '\n\n', LINK.sub(local, text)).strip() + '\n'
 
-if __name__ == '__main__': (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+def taus(
+    root:Path=ROOT, # the project
+) -> dict:          # scorer -> taus by loss, of each seed where there are several
+    "What the picture shows: Digits-Bench, three seeds of each K."
+    import numpy as np
+    from kshot.rank import kendall_tau
+    from kshot.tables import get_table
+    table, rows = get_table('digits'), json.loads((root/'results'/'digits_kshot.json').read_text())['rows']
+    acc = table.per_seed(split='test')
+    macs = table.select(split='test', seed=0).set_index('path').macs[acc.index]
+    ceiling = np.mean([kendall_tau(acc[a], acc[b]) for a,b in ((0, 1), (0, 2), (1, 2))])
+    by_K = {('one-shot' if K == 1 else f'K-shot, K = {K}'): [r['tau_loss'] for r in rows if r['K'] == K] for K in (1, 2, 4, 8)}
+    return {'counting MACs': [kendall_tau(macs, acc.mean(axis=1))], **by_K, 'seed ceiling': [ceiling]}
+
+def picture(
+    fname:Path=ROOT/'nbs'/'images'/'digits_kshot.png', # to write
+):
+    "Draw the README's figure; needs kaleido and a browser."
+    import pandas as pd
+    from kshot.plots import plot_protocol
+    points = pd.DataFrame({k: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for k,v in taus().items()}).T
+    fig = plot_protocol(points).update_layout(title_text='Kendall tau on Digits-Bench, by loss; whiskers: lowest and highest of three seeds')
+    fig.write_image(fname, width=800, height=330, scale=1.5)
+
+if __name__ == '__main__':
+    if 'picture' in sys.argv: picture()
+    (ROOT/'README.md').write_text(readme(), encoding='utf-8')
