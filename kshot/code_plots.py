@@ -14,7 +14,7 @@ from .space import Space
 
 # %% ../nbs/81_code_plots.ipynb #693798ad
 def _xy(codes:np.ndarray) -> np.ndarray:
-    "`(N, 3)` codes as `(N, 2)` points: bank 0 bottom left, bank 1 bottom right, bank 2 at the top of a triangle of side 1."
+    "`(N, 3)` codes as `(N, 2)` points: supernet 0 bottom left, supernet 1 bottom right, supernet 2 at the top of a triangle of side 1."
     return codes @ np.array([[0, 0], [1, 0], [.5, .75**.5]])
 
 def _triangle(codes:np.ndarray, labels:Sequence, color:np.ndarray|None) -> go.Figure:
@@ -30,7 +30,7 @@ def _triangle(codes:np.ndarray, labels:Sequence, color:np.ndarray|None) -> go.Fi
         fig.add_scatter(x=x, y=y, mode='markers', marker=dict(look, size=6, opacity=.8), text=labels, customdata=codes,
             hovertemplate=hover, **where)
         fig.add_scatter(x=at[:1], y=at[1:], mode='markers', marker=cross, hoverinfo='skip', **where)
-    fig.add_scatter(x=cx[:3], y=cy[:3], mode='text', text=['bank 0', 'bank 1', 'bank 2'], hoverinfo='skip', cliponaxis=False,
+    fig.add_scatter(x=cx[:3], y=cy[:3], mode='text', text=['supernet 0', 'supernet 1', 'supernet 2'], hoverinfo='skip', cliponaxis=False,
         textposition=['bottom center', 'bottom center', 'top center'], row=1, col=1)
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
     around = lambda v: (v.min()+v.max())/2 + width*np.array([-.5, .5])
@@ -51,15 +51,15 @@ def _heat(codes:np.ndarray, labels:Sequence, order:np.ndarray) -> go.Figure:
     "Codes as a heat map, a column per path."
     z = codes[order].T # (K, N)
     fig = go.Figure(go.Heatmap(z=z, customdata=np.broadcast_to(labels[order], z.shape), colorbar=dict(thickness=10, outlinewidth=0),
-        hovertemplate='%{customdata}<br>bank %{y}: %{z:.3f}<extra></extra>', **_code_scale(codes)))
-    fig.update_yaxes(title_text='bank', autorange='reversed', dtick=1, showgrid=False)
+        hovertemplate='%{customdata}<br>supernet %{y}: %{z:.3f}<extra></extra>', **_code_scale(codes)))
+    fig.update_yaxes(title_text='supernet', autorange='reversed', dtick=1, showgrid=False)
     return fig.update_xaxes(title_text='paths, sorted', showticklabels=False, showgrid=False)
 
 # %% ../nbs/81_code_plots.ipynb #399bf293
 def plot_codes(
     codes,              # `(N, K)` simplex codes
     labels=None,        # N names for the hover, such as paths
-    color=None,         # N numbers: colour in the triangle, order in the heat map (without them: by the strongest bank)
+    color=None,         # N numbers: colour in the triangle, order in the heat map (without them: by the strongest supernet)
     color_name:str='',  # what the numbers are
     kind:str|None=None, # 'triangle' or 'heat'; None: a triangle if K is 3
 ) -> go.Figure:
@@ -85,7 +85,7 @@ def plot_codes(
 # %% ../nbs/81_code_plots.ipynb #c1b5afc1
 def project_codes(
     codes, # `(N, K)` simplex codes
-) -> tuple[np.ndarray, np.ndarray, float]: # points `(N, 2)`, banks `(K, 2)` on the same map, share of the codes' variance that it shows
+) -> tuple[np.ndarray, np.ndarray, float]: # points `(N, 2)`, corners `(K, 2)` on the same map, share of the codes' variance that it shows
     "A map of codes: the triangle for K = 3, else their first two principal components."
     c = np.asarray(codes, float)
     K = c.shape[1]
@@ -100,22 +100,24 @@ def project_codes(
 # %% ../nbs/81_code_plots.ipynb #7b26f90a
 def _bars(fig, code, codes):
     K, low, high = len(code), np.quantile(codes, .025, axis=0), np.quantile(codes, .975, axis=0)
-    x = [f'bank {k}' for k in range(K)]
+    x = list(range(K))
     fig.add_bar(x=x, y=high-low, base=low, marker=dict(color=GREY, opacity=.35), width=.9, row=1, col=1,
-        hovertemplate='%{x}: 95 % of paths between %{base:.3f} and %{y:.3f}<extra></extra>')
+        hovertemplate='supernet %{x}: 95 % of paths between %{base:.3f} and %{y:.3f}<extra></extra>')
     fig.add_bar(x=x, y=code, marker_color=OKABE_ITO['blue'], width=.5, text=[f'{v:.3f}' if K <= 8 else '' for v in code], row=1, col=1,
-        textposition='outside', cliponaxis=False, hovertemplate='%{x}: %{y:.3f}<extra></extra>')
+        textposition='outside', cliponaxis=False, hovertemplate='supernet %{x}: %{y:.3f}<extra></extra>')
+    fig.update_xaxes(title_text='supernet', dtick=1, showgrid=False, row=1, col=1)
     fig.add_hline(y=1/K, line=dict(color=GREY, width=1, dash='dot'), row=1, col=1)
     fig.update_yaxes(range=[0, min(1.1, 1.2*max(code.max(), high.max()))], row=1, col=1)
 
 def _map(fig, code, codes, near, labels, color, drawn):
-    (points, banks, shown), at = project_codes(codes), dict(row=1, col=2)
-    star = np.array([code])@banks # where it lies on a map that the other codes have made
+    (points, corners, shown), at = project_codes(codes), dict(row=1, col=2)
+    star = np.array([code])@corners # where it lies on a map that the other codes have made
     low, high = np.minimum(points.min(0), star[0]), np.maximum(points.max(0), star[0])
-    middle, width, arms = (low+high)/2, 1.35*max(1e-6, (high-low).max()), banks-banks.mean(0)
+    middle, width, arms = (low+high)/2, 1.35*max(1e-6, (high-low).max()), corners-corners.mean(0)
     arrows = arms*.44*width/max(1e-9, np.linalg.norm(arms, axis=1).max())
     for k,(x,y) in enumerate(middle+arrows):
-        fig.add_scatter(x=[middle[0], x], y=[middle[1], y], mode='lines+text', text=['', f'bank {k}'], textfont=dict(color=GREY, size=11),
+        name = f'supernet {k}' if len(corners) <= 4 else str(k)
+        fig.add_scatter(x=[middle[0], x], y=[middle[1], y], mode='lines+text', text=['', name], textfont=dict(color=GREY, size=11),
             textposition=f'{"top" if y > middle[1] else "bottom"} center', line=dict(color=GREY, width=1), hoverinfo='skip', **at)
     look = dict(color=OKABE_ITO['sky']) if color is None else dict(color=color[drawn], coloraxis='coloraxis')
     fig.add_scatter(x=points[drawn,0], y=points[drawn,1], mode='markers', marker=dict(look, size=5, opacity=.7), text=labels[drawn],
@@ -139,7 +141,7 @@ def plot_code(
     color_name='',  # what they are
     name:str='',    # of the path
 ) -> go.Figure:
-    "One code as bars, and on a map of all codes; `ValueError` if the numbers of banks differ."
+    "One code as bars, and on a map of all codes; `ValueError` if the numbers of supernets differ."
     code, codes = np.asarray(code, float), np.asarray(codes, float) if len(codes) else np.zeros((0, len(code)))
     title = f'Code of {name}' if name else 'Code'
     if codes.shape[1:] != code.shape:
@@ -173,7 +175,7 @@ def mean_codes(
     space:Space, # whose paths they are
     paths,       # N paths, as tuples or as `space.format` writes them
     codes,       # `(N, K)` their codes
-) -> pd.DataFrame: # a row per block and op (NaN if no path has it), a column per bank
+) -> pd.DataFrame: # a row per block and op (NaN if no path has it), a column per supernet
     "Mean code of the paths that share an op at a block; `ValueError` if numbers of paths and codes differ."
     codes, idx = np.asarray(codes, float), path_array(space, paths)
     N = len(idx)
@@ -184,16 +186,16 @@ def mean_codes(
     index = pd.MultiIndex.from_tuples([(b.name, str(o)) for b in space.blocks for o in b.choices], names=('block', 'op'))
     return pd.DataFrame(np.where(n > 0, hot.T@codes[ok]/np.maximum(n, 1), np.nan), index=index)
 
-def _codes_by_bank(space:Space, m:pd.DataFrame, title:str) -> go.Figure: # a panel per bank: blocks down, ops across
+def _codes_by_supernet(space:Space, m:pd.DataFrame, title:str) -> go.Figure: # a panel per supernet: blocks down, ops across
     K, n = m.shape[1], max(space.sizes)
     ends = np.cumsum((0,)+space.sizes)
     table = np.stack([np.pad(m.to_numpy()[a:b], ((0, n-(b-a)), (0, 0)), constant_values=np.nan) for a,b in zip(ends, ends[1:])]) # (L, O, K)
     ops = np.array([[*map(str, b.choices), *['']*(n-len(b.choices))] for b in space.blocks], object)
-    fig = make_subplots(-(-K//2), 2, subplot_titles=[f'bank {k}' for k in range(K)], shared_yaxes=True, horizontal_spacing=.03,
+    fig = make_subplots(-(-K//2), 2, subplot_titles=[f'supernet {k}' for k in range(K)], shared_yaxes=True, horizontal_spacing=.03,
         vertical_spacing=.3/-(-K//2))
     for k in range(K):
         fig.add_heatmap(z=table[...,k], customdata=ops, y=[b.name for b in space.blocks], xgap=1, ygap=1, coloraxis='coloraxis',
-            hovertemplate='%{y}, %{customdata}<br>'+f'bank {k}: %{{z:.3f}}<extra></extra>', row=k//2+1, col=k%2+1)
+            hovertemplate='%{y}, %{customdata}<br>'+f'supernet {k}: %{{z:.3f}}<extra></extra>', row=k//2+1, col=k%2+1)
     scale = _code_scale(m.to_numpy())
     fig.update_yaxes(autorange='reversed', showgrid=False, tickfont_size=10).update_xaxes(showgrid=False, title_text='op', dtick=1)
     return finish(fig, title, 'over all paths with that op at that block', 120+(110+14*len(space.blocks))*-(-K//2), margin=dict(t=96, b=96),
@@ -207,11 +209,12 @@ def plot_codes_by_op(
     "Mean code of the paths that share an op at a block, as a heat map."
     m, title = mean_codes(space, paths, codes), 'Mean code by op'
     if m.isna().all(axis=None) or m.shape[1] == 1: return empty(title, 'K = 1: every code is 1' if m.shape[1] == 1 else 'no codes')
-    if len(m) > 60: return _codes_by_bank(space, m, title)
+    if len(m) > 60: return _codes_by_supernet(space, m, title)
     y = [m.index.get_level_values(i).tolist() for i in (0, 1)]
-    fig = go.Figure(go.Heatmap(z=m.to_numpy(), x=[f'bank {k}' for k in m], y=y, ygap=1, showscale=False, **_code_scale(m.to_numpy()),
-        texttemplate='%{z:.3f}' if m.shape[1] <= 8 else None, hovertemplate='%{y}<br>%{x}: %{z:.3f}<extra></extra>'))
-    fig.update_yaxes(autorange='reversed', showgrid=False, tickfont_size=11).update_xaxes(side='top', showgrid=False)
+    fig = go.Figure(go.Heatmap(z=m.to_numpy(), x=[*m], y=y, ygap=1, showscale=False, **_code_scale(m.to_numpy()),
+        texttemplate='%{z:.3f}' if m.shape[1] <= 8 else None, hovertemplate='%{y}<br>supernet %{x}: %{z:.3f}<extra></extra>'))
+    fig.update_yaxes(autorange='reversed', showgrid=False, tickfont_size=11)
+    fig.update_xaxes(title_text='supernet', dtick=1, side='top', showgrid=False)
     return finish(fig, title, 'over all paths with that op at that block', 110+max(14, 24-len(m)//20)*len(m), margin=dict(t=96, b=12))
 
 # %% ../nbs/81_code_plots.ipynb #85f30362

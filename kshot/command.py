@@ -64,6 +64,8 @@ def _parser(f:Callable, n_places:int, options:type|None, examples:dict[str, str]
     return parser
 
 # %% ../nbs/90_command.ipynb #9539f7dd
+_MEMORY = 'the GPU has too little memory: a smaller --bs (or more processes), --px, --channels or --K needs less; what is finished is kept'
+
 def _who() -> str: # which of many processes speaks
     return f' (rank {os.environ.get("RANK")})' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
 
@@ -93,6 +95,9 @@ def command(
             as_json = args.pop('json')
             with redirect_stdout(sys.stderr), _processes(f.__name__, alone) as talks: result, text, *code = f(**args)
         except (ValueError, OSError) as e: print(f'{name}{_who()}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+        except RuntimeError as e:
+            if type(e).__name__ != 'OutOfMemoryError': raise # torch's, which may not be here
+            print(f'{name}{_who()}: {_MEMORY}', file=sys.stderr); sys.exit(1)
         except KeyboardInterrupt:
             print(f'\n{name}: interrupted; what is finished is kept, see {name} --help for how to go on', file=sys.stderr)
             sys.exit(130)

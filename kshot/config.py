@@ -54,7 +54,7 @@ class Config(Sharing):
     n_workers:int=-1       # processes that read images; -1: by the number of cores
     portion:float|None=None # of the training images that train, the others validate
     n_train:int=0          # training images; 0: all
-    n_valid:int=0          # validation images; 0: all
+    n_valid:int=0          # validation images; 0: all there are, of a folder 50,000 of the training images
     px:int=0               # pixels a side; 0: as the images are
     channels:int=0         # of the network's stem; 0: as in the benchmark
     n_cells:int=0          # cells a stage (darts: in all); 0: as in the benchmark

@@ -260,7 +260,7 @@ class LiveSearch:
     "Draw a search while it runs; `search.run(score, n, progress=LiveSearch())`."
     def __init__(self,
         cost:str|None=None,      # name of the cost that is drawn first; None: one with a budget, or any
-        take:Callable|None=None, # `take(path)`: what *Extract* makes of a path, such as `lambda p: calibrated_subnet(learn.model, p, code, batches)`
+        take:Callable|None=None, # `take(path)`: what *Extract* makes of a path, such as a `calibrated_subnet`
         share:float=.02,         # of the search time, at most
     ):
         self.cost, self.take, self.share, self.switch, self.panel = cost, take, share, Switch(), None

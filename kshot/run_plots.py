@@ -99,7 +99,7 @@ def _live_panels(log) -> list[tuple[str, list, dict]]: # head, lines (x, y, look
     return [*panels, (f'entropy of codes {last("entropy", 3)}', one('entropy'), share | dict(include=[.98, 1])),
         (', '.join(f'{word(c, k)} {last(k, 3)}' for k,c in pair), [(*_series(log, k), _line(c, k)) for k,c in pair],
          share | dict(include=.01)),
-        (f'use of banks {names}', [(x, u, _line(hues.get(k, GREY), f'bank {k}:')) for k,u in enumerate(use.T)],
+        (f'use of supernets {names}', [(x, u, _line(hues.get(k, GREY), f'supernet {k}:')) for k,u in enumerate(use.T)],
          share | dict(include=[1/len(use.T)-.01, 1/len(use.T)+.01]))]
 
 # %% ../nbs/82_run_plots.ipynb #55981115

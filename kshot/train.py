@@ -73,7 +73,7 @@ class DropPathCallback(Callback):
 def device_of(
     dls:DataLoaders, # ours, fastai's or of torch's loaders
 ) -> torch.device:
-    "Where fastai trains: where the batches are, or its default device for loaders that don't say. To be there before the optimizer makes buffers."
+    "Where fastai trains: where the batches are, or its default device. A network has to be there before an optimizer makes buffers."
     return getattr(dls, 'device', default_device())
 
 def train_alone(
@@ -227,7 +227,7 @@ class OwnLoss(AvgSmoothLoss):
 def kshot_learner(
     net:nn.Module,   # `forward(x, path)`, see `kshot.networks`
     space:Space,     # its paths
-    dls:DataLoaders, # its first loader trains, its second validates
+    dls:DataLoaders, # its first loader trains, its second validates; all else goes where they are
     K:int=4,         # number of supernets
     codes:nn.Module|None=None, # paths -> codes, moved in place; None: a `SimplexNet` (`K=1`: the one code there is)
     sampler:str|UniformSampler='uniform', # a name of `kshot.sampler`, or one that is made
@@ -237,7 +237,7 @@ def kshot_learner(
     apart:float=1., bf16:bool=False, track:bool=False,
     **kwargs,        # of `KShotCallback`
 ) -> Learner:        # fastai's, to `fit`
-    "Learner of K-shot supernets, where the images are: `model` is the `Supernet`, `k_shot.codes` makes the codes; `ValueError` for another space's network."
+    "Learner of K-shot supernets: `model` is the `Supernet`, `k_shot.codes` makes the codes; `ValueError` for a network of another space."
     supernet = Supernet(net, K, even_step=even_step, apart=apart, bf16=bf16, track=track)
     if (sizes := tuple(supernet.sizes)) != space.sizes:
         raise ValueError(f'a network with {sizes} ops in its blocks, expected {space.sizes} as in space {space.name!r}')

@@ -1,5 +1,5 @@
 "The site without Quarto: every link, doclink, picture and command of every page, what Quarto is given, and staging"
-import ast, builtins, io, json, os, re, shlex, stat, subprocess, sys
+import ast, builtins, io, json, os, re, shlex, signal, stat, subprocess, sys
 from collections import Counter
 from configparser import ConfigParser
 from contextlib import redirect_stdout
@@ -171,6 +171,27 @@ def test_scripts_are_shell():
         for b in blocks(p, 'sh', 'bash'):
             done = subprocess.run(['bash', '-n'], input=b, text=True, capture_output=True)
             assert not done.returncode, (name(p), done.stderr)
+
+SLURM = dict( # commands that stand in: each notes how it was called; a step works until somebody interrupts it
+    scontrol='[ "$1" = show ] && echo host0 || echo "scontrol $*" >> log',
+    scancel='echo "scancel $1" >> log; kill $(cat pid)', # a shell's background job ignores INT; a step of Slurm's is none
+    srun='echo "srun ${*##* }" >> log; [ -e fails ] && exit 3; [ -e quick ] && exit 0; trap "echo saved >> log; exit 130" TERM; echo $$ > pid; read < never')
+
+@pytest.mark.parametrize('world,log', [('never', 'srun, scancel --signal=INT, saved, scontrol requeue 7'), ('fails', 'srun'), ('quick', 'srun, srun')])
+def test_slurm_job(tmp_path, world, log):
+    "Time that is up is asked for again, a failure is not, and a search follows the training."
+    script, = [b for b in blocks(NBS/'do'/'cluster.ipynb', 'sh') if 'requeue' in b]
+    for name,body in SLURM.items():
+        (tmp_path/name).write_text(f'#!/bin/bash\n{body}\n'); (tmp_path/name).chmod(0o755)
+    (tmp_path/'.venv/bin').mkdir(parents=True); (tmp_path/'.venv/bin/activate').touch(); os.mkfifo(tmp_path/'never')
+    if world != 'never': (tmp_path/world).touch()
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='host0', SLURM_NNODES='2', SLURM_JOB_ID='7')
+    job = subprocess.Popen(['bash', '-c', script], cwd=tmp_path, env=env)
+    if world == 'never':
+        never = os.open(tmp_path/'never', os.O_WRONLY) # opens when the step is at its read
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == dict(never=1, fails=1, quick=0)[world]
+    assert re.sub(r'(srun).*', r'\1', (tmp_path/'log').read_text()).splitlines() == log.split(', ')
 
 def test_python_blocks_parse():
     for p in TEXTS:
