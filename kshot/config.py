@@ -7,6 +7,7 @@ __all__ = ['RECIPES', 'CODES', 'Sharing', 'Config', 'space_of', 'check_config', 
            'cost_of', 'make_learner', 'quick_losses']
 
 # %% ../nbs/92_config.ipynb #39f66495
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import get_args
@@ -16,7 +17,7 @@ from torch import nn
 from .cost import Cost
 from .data import DATA, DataLoaders, get_data
 from .distributed import World
-from .evaluate import score_path
+from .evaluate import evaluating, score_path
 from .networks import get_net
 from .sampler import UniformSampler, get_sampler
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode, width_discrimination
@@ -115,6 +116,11 @@ def check_config(
     "Nothing for values that make sense together, else `ValueError`."
     for k in ('K', 'epochs', 'passes', 'bs'):
         if getattr(config, k) < 1: raise ValueError(f'{k}={getattr(config, k)}, expected at least 1')
+    for k in ('lr', 'lr_codes'):
+        if not 0 < getattr(config, k) < math.inf: raise ValueError(f'{k}={getattr(config, k)}, expected above 0')
+    for k in ('lr_end', 'wd', 'width_weight', 'apart', 'seed', 'max_macs'): # max_macs: 0 is no limit
+        if not 0 <= getattr(config, k) < math.inf: raise ValueError(f'{k}={getattr(config, k)}, expected at least 0')
+    if not 0 <= config.warmup < 1: raise ValueError(f'warmup={config.warmup}, expected a share of training, 0 to below 1')
     if config.codes not in CODES: raise ValueError(f'codes {config.codes!r}, expected one of {", ".join(CODES)}')
     if (config.data == 'digits') != (config.space == 'digits'):
         fit = 'digits' if config.space == 'digits' else ', '.join(k for k in DATA if k != 'digits')
@@ -124,7 +130,9 @@ def check_config(
         raise ValueError(f'track_bn with channelling {config.channelling!r}, expected fixed or disjoint: statistics are of fixed channels')
     if config.track_bn and config.mode == 'alternate' and config.K > 1:
         raise ValueError("track_bn in mode 'alternate', expected 'joint': simplex steps would count among what is tracked")
-    if config.max_macs < 0: raise ValueError(f'max_macs={config.max_macs}, expected a positive number, or 0 for no limit')
+    n_ops, n_paths = space.sizes[config.block], math.prod(space.sizes)
+    if config.codes == 'vertex' and config.K > n_ops: raise ValueError(f'K={config.K} with codes vertex, expected at most the {n_ops} ops of the block')
+    if config.codes == 'free' and n_paths > 1e6: raise ValueError(f'codes free for {n_paths:,} paths, expected at most a million')
 
 # %% ../nbs/92_config.ipynb #06643e4c
 def parts(
@@ -193,6 +201,7 @@ def make_learner(
     torch.manual_seed(config.seed)
     space, net, dls = parts(config, shard=shard)
     cost = cost_of(config, dls) # what can't run fails before anything is written
+    if config.max_macs: _sampler(replace(config, sampler='uniform'), space, cost)(0.)
     codes = codes_of(config)
     tell_apart = lambda codes, paths: config.width_weight*width_discrimination(codes, space, paths)
     learn = kshot_learner(net, space, dls, config.K, codes, _sampler(config, space, cost), wd=config.wd, even_step=config.even_step,
@@ -216,4 +225,4 @@ def quick_losses(
     valid = learn.dls.valid
     if not hasattr(learn, 'few'): learn.few = valid.fixed(min(4, len(valid)), share=shard) # read once
     batches, codes = learn.few, learn.k_shot.codes_now(paths)
-    return [score_path(learn.model, p, c, batches, None, is_shared=True)[1] for p,c in zip(paths, codes)]
+    with evaluating(learn.model): return [score_path(learn.model, p, c, batches, None, is_shared=True)[1] for p,c in zip(paths, codes)]

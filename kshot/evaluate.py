@@ -49,8 +49,9 @@ def recalibrate_bn(
     stats = fresh_stats(supernet, path)
     counts = {n: stats.pop(n) for n in list(stats) if n.endswith('num_batches_tracked')}
     norms = [supernet.net.get_submodule(n.rpartition('.')[0]) for n in counts]
+    lent = stats | ({n: c.clone() for n,c in counts.items()} if supernet.track else {}) # else it would count with its own
     with evaluating(supernet): # everything but batch norm is as in evaluation
-        _average(norms, [x for x,_ in batches], lambda x: supernet.run_with(x, path, weights, stats))
+        _average(norms, [x for x,_ in batches], lambda x: supernet.run_with(x, path, weights, lent))
     if is_shared: average_(list(stats.values()), len(batches))
     n_all = round(mean([len(batches)])[0]*world().size) if is_shared else len(batches)
     return stats | {n: c + n_all for n,c in counts.items()}
@@ -101,7 +102,7 @@ def calibrated_subnet(
     code:Tensor,       # `(K,)` or `(L, K)`
     calibration:list[tuple[Tensor, Tensor]], # batches for batch norm
 ) -> nn.Module:        # `forward(x)`, in evaluation mode
-    "Plain module of one path that predicts as `score_path` scores it."
+    "Plain module of one path that predicts, in float32, as `score_path` scores it."
     weights, = supernet.weights([path], code[None])
     return supernet.subnet(path, code, recalibrate_bn(supernet, path, weights, calibration)).eval()
 
@@ -129,7 +130,7 @@ def score_chain(
     for o in range(max(sizes)):
         p = tuple(min(o, n-1) for n in sizes)
         weights |= supernet.weights([p], next(supernet.parameters()).new_ones(1, 1))[0]
-        if calibration: stats |= {n: t for n,t in fresh_stats(supernet, p).items() if not n.endswith('num_batches_tracked')}
+        if calibration: stats |= {n: t for n,t in fresh_stats(supernet, p).items() if supernet.track or not n.endswith('num_batches_tracked')}
     images, advance = lambda batches: batches and [x for x,_ in batches], lambda name, *xs: _advance(supernet, name, (weights, stats), *xs)
     def walk(paths, l, cal, xs):
         if l == len(sizes):
@@ -152,6 +153,7 @@ def score_paths(
     is_shared:bool=False, # as in `score_path`
 ) -> pd.DataFrame:      # columns path, acc_super, loss_super, in the order of `paths`
     "Accuracy and loss of many paths."
+    if not paths: return pd.DataFrame(dict(path=[], acc_super=[], loss_super=[]))
     with torch.no_grad(): all_codes = codes(paths)
     with evaluating(supernet), torch.autocast(all_codes.device.type, torch.bfloat16, bf16 or supernet.bf16):
         is_tree = supernet.K == 1 and type(supernet.net) is Chain and isinstance(batches, list) and not is_shared

@@ -30,7 +30,7 @@ from .rank import over_seeds, rank_scores
 from .retrain import get_recipe, retrain
 from .search import make_search
 from .tables import get_table, latency, reference, write_parquet
-from .checkpoint import CheckpointCallback, load_newest, plain_errors
+from .checkpoint import CheckpointCallback, checkpoints, load_newest, plain_errors
 from .files import locked, write_json
 from .train import Learner, check_tensors, cosine
 
@@ -102,7 +102,7 @@ def train_run(
         learn = make_learner(config, shard)
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
         stack.enter_context(_at_work(folder))
-        cb = CheckpointCallback(folder, resume=resume and any(folder.glob('checkpoint/*')))
+        cb = CheckpointCallback(folder, resume=resume and bool(checkpoints(folder)))
         if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
         if not (progress and is_first()): stack.enter_context(learn.no_bar()); stack.enter_context(learn.no_logging())
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
@@ -177,6 +177,7 @@ def score_run(
     progress:bool=False, # show a bar?
 ) -> pd.DataFrame:       # columns path, acc_super, loss_super, macs, n_params, K, seed; also in `folder/scores.parquet`
     "Score paths of a trained run; `ValueError` if the folder holds scores that were made in another way."
+    if n_calibration < 0: raise ValueError(f'n_calibration={n_calibration}, expected at least 0')
     read_run(folder) # or there is nothing to lock
     with distributed() as shard, _at_work(folder):
         done, wanted = _score(FilePath(folder), paths, dict(n_calibration=n_calibration, bf16=bf16), progress and is_first(), shard)
@@ -197,6 +198,8 @@ def _score(folder, paths, how, progress, shard) -> tuple[pd.DataFrame, list[str]
     had = record['results'].get('score') if fname.exists() else None
     if had and any(had.get(k) != v for k,v in how.items()):
         raise ValueError(f'{str(fname)!r} was made with {had}, expected {how}: remove it to score anew')
+    if not how['n_calibration'] and shard.size > 1 and not config.track_bn: # each would normalise by its own images
+        raise ValueError(f'n_calibration=0 in {shard.size} processes, expected one process, or calibration')
     wanted = list(space) if paths is None else [space.parse(p) for p in paths]
     done = pd.read_parquet(fname) if had else pd.DataFrame({'path': []})
     started -= record['seconds'].get('score', 0) if had else 0
@@ -289,6 +292,7 @@ def search_run(
 ) -> pd.DataFrame:          # scored paths, best first; also in `folder/search.parquet`
     "Search a trained run for the best path under budgets; one that is stopped has no result yet. `ValueError` as in `kshot.search`."
     started, folder, budgets = time.monotonic(), FilePath(folder), {k: v for k,v in (budgets or {}).items() if v is not None}
+    if n < 1 or n_calibration < 0: raise ValueError(f'n_paths={n} and n_calibration={n_calibration}, expected at least 1 and 0')
     config, learn = load_run(folder)
     space, codes, batches = space_of(config), learn.k_shot.codes, learn.dls.train.fixed(n_calibration) if n_calibration else None
     cost = cost_of(config, learn.dls)
@@ -298,7 +302,7 @@ def search_run(
     def score(path):
         with torch.no_grad(): return score_path(learn.model, path, codes([path])[0], valid, batches)
     costs = dict(macs=cost.macs, n_params=cost.n_params) | (dict(latency_ms=latency(config.space, device)) if device else {})
-    asked = [f'{k}<={v:g}' for k,v in sorted(budgets.items())] + [f'bn{n_calibration}', *filter(None, [device])]
+    asked = [f'{k}<={v:g}' for k,v in sorted(budgets.items())] + [f'bn{n_calibration}', *filter(None, [device]), f'seed{seed}']
     name = ' '.join([algorithm, *asked, fingerprint(learn)])
     with distributed():
         search = make_search(space, costs=costs, budgets=budgets, storage=storage or folder/'search.journal', name=name)

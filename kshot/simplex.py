@@ -7,6 +7,7 @@ __all__ = ['SimplexNet', 'UniformCode', 'VertexCode', 'FreeCode', 'discriminatio
            'entropy', 'mutual_information', 'code_stats']
 
 # %% ../nbs/30_simplex.ipynb #f666c152
+import math
 from collections.abc import Callable, Iterable
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class SimplexNet(nn.Module):
         self.net = nn.Sequential(nn.Linear(sum(space.sizes), hidden), nn.ReLU(), nn.Linear(hidden, K*(self.L or 1)))
         with torch.no_grad(): # over 256 paths, logits get mean 0 and standard deviation `spread`
             logits, last = self.net(self._onehot(space.sample(np.random.default_rng(0), 256))), self.net[2]
-            scale = spread/logits.std(0)
+            scale = spread/logits.std(0).clamp_min(1e-3) # a space of one path has no deviation
             last.bias.sub_(logits.mean(0)).mul_(scale)
             last.weight.mul_(scale[:,None])
 
@@ -62,7 +63,8 @@ class VertexCode(nn.Module):
         super().__init__()
         self.K, self.block = K, block
         self.register_buffer('vertices', torch.eye(K), persistent=False)
-    def forward(self, paths:list[Path]) -> Tensor: return self.vertices[[p[self.block] % self.K for p in paths]]
+    def reads(self, path:Path) -> int: return path[self.block] % self.K # the supernet that has this path
+    def forward(self, paths:list[Path]) -> Tensor: return self.vertices[[self.reads(p) for p in paths]]
 
 class FreeCode(nn.Module):
     "A code of its own for every path, uniform at the start."
@@ -72,7 +74,7 @@ class FreeCode(nn.Module):
     ):
         super().__init__()
         self.space, self.K = space, K
-        self.logits = nn.Parameter(torch.zeros(int(np.prod(space.sizes)), K))
+        self.logits = nn.Parameter(torch.zeros(math.prod(space.sizes), K))
     def forward(self, paths:list[Path]) -> Tensor: return self.logits[[self.space.index(p) for p in paths]].softmax(-1)
 
 # %% ../nbs/30_simplex.ipynb #9ec66e00

@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
+from .checkpoint import TrainingStopped
 from .command import command
 from .config import Config, space_of
 from .distributed import world
 from .effects import effects, flips, plot_effects, plot_heuristic, plot_metrics, summary
-from .files import Unwritable, write_json
+from .files import write_json
 from .grid import Row, read_study, split_settings
 from .launch import set_threads
 from .page import write_report
@@ -81,7 +82,7 @@ def run_row(
     row:Row,         # what to do
     folder:FilePath, # of the study
 ) -> dict:           # what was measured, or 'error'
-    "Train, score and measure one row, or what is left of it; `ValueError` if its folder holds a run of another configuration."
+    "Train, score and measure one row, or what is left of it; `ValueError` as in `measure`, or if its folder holds a run of another configuration."
     where, locks = folder/row.name, folder/'locks'
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks/row.name):
@@ -90,9 +91,8 @@ def run_row(
         if (had := read_run(where)['config']) != config: raise ValueError(f'{row.name} holds a run with {had}, expected {config}')
         if (done := _result(where)) is not None: return done
         try: found = measure(row, where)
-        except Unwritable: raise # the row is as good as it was
-        except (ValueError, TypeError, RuntimeError) as e:
-            found = dict(error=f'{e}' or type(e).__name__)
+        except (TrainingStopped, torch.OutOfMemoryError) as e: # results; what else may be wrong, such as data that are not there, can be put right
+            found = dict(error=f'{e}')
             print(f'{row.name}: {found["error"]}', file=sys.stderr)
         return add_result(where, 'row', found, started)
 

@@ -130,7 +130,7 @@ def before_fit(self:KShotCallback):
         raise ValueError('distrib_ctx sends the gradients of all K supernets, expected a fit inside kshot.distributed.distributed()')
     self.model.requires_grad_(True)
     self.model.zero_grad()
-    self.kept, self.model.waiting = [], [] if world().size > 1 else None
+    self.kept, self.still, self.model.waiting = [], [], [] if world().size > 1 else None
 
 @patch
 def before_batch(self:KShotCallback):
@@ -141,8 +141,10 @@ def before_batch(self:KShotCallback):
         some = self.panel[:max(1, len(self.xb[0])//8)] # batch norm needs some images of each path
         return self._give(some, self.codes_now(some))
     if self.is_simplex_step:
-        self.model.requires_grad_(False)
-        self.paths = [p for _ in range(self.n_paths) for p in self.sampler(self.learn.pct_train)][:self.n_paths]
+        self._learn_banks(False)
+        self.paths = []
+        while len(self.paths) < self.n_paths: self.paths += self.sampler(self.learn.pct_train)
+        self.paths = self.paths[:self.n_paths]
         self.leaves = self.codes(self.paths)
         self._agree()
         return self._give(self.paths, self.leaves)
@@ -155,6 +157,10 @@ def before_batch(self:KShotCallback):
 @patch
 def _give(self:KShotCallback, path, code): self.learn.xb = (*self.xb[:1], path, code)
 
+@patch
+def _learn_banks(self:KShotCallback, on:bool):
+    for b in self.model.banks.values(): b.requires_grad_(on)
+
 # %% ../nbs/50_train.ipynb #75d0bf12
 @patch
 def before_backward(self:KShotCallback):
@@ -165,6 +171,7 @@ def before_backward(self:KShotCallback):
 def before_step(self:KShotCallback):
     "Step the code module: in its own step, or when enough gradients of codes were kept."
     self._share()
+    self.still = [] if self.is_simplex_step else self._unread()
     if self.is_simplex_step:
         self._step_codes()
         raise CancelStepException
@@ -182,12 +189,24 @@ def _step_joint(self:KShotCallback):
     self.kept = []
 
 @patch
+def _unread(self:KShotCallback) -> list: # (tensor, rows, what is in them) of the supernets that few-shot does not train in this step
+    if not hasattr(self.codes, 'reads'): return []
+    rows = sorted({*range(self.model.K)} - {self.codes.reads(p) for p in self.paths})
+    state = self.learn.opt.opt.state
+    return [(t, rows, t[rows]) for b in self.model.banks.values() if b.grad is not None for t in (b.data, state[b]['momentum_buffer'])]
+
+@patch
+def after_step(self:KShotCallback):
+    "Put back what weight decay and momentum have done to supernets that the step's paths do not read."
+    for t,rows,was in self.still: t[rows] = was
+
+@patch
 def _step_codes(self:KShotCallback): self.opt_codes.step(); self.opt_codes.zero_grad()
 
 @patch
 def after_batch(self:KShotCallback):
     "Give the banks their gradients back after a simplex step."
-    if self.is_simplex_step: self.model.requires_grad_(True)
+    if self.is_simplex_step: self._learn_banks(True)
 
 @patch
 def after_train(self:KShotCallback):
@@ -304,6 +323,8 @@ def load_state(self:KShotCallback,
     "Go on where `state` was taken, in the middle of a fit; `ValueError` as in `load_model` or for another number of epochs."
     if meta.get('n_epoch') != self.learn.n_epoch:
         raise ValueError(f"checkpoint of {meta.get('n_epoch')} epochs, expected {self.learn.n_epoch}")
+    had, want = tensors['rng/loader'].numel(), self.learn.dls.train.generator.get_state().numel()
+    if had != want: raise ValueError(f'checkpoint with {had} bytes of a generator, expected {want}: it was made on another kind of device')
     self.load_model(tensors, meta)
     model, opt = self.learn.model, self.learn.opt.opt
     momentum, adam = model.from_tensors(_part(tensors, 'momentum/')), {}
