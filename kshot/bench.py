@@ -7,7 +7,7 @@ __all__ = ['plain_step', 'supernet_step', 'naive_step', 'simplex_step', 'one_sho
            'bench_step', 'bench_score', 'bench_data', 'bench_live', 'bench']
 
 # %% ../nbs/97_bench.ipynb #2404ccc8
-import json, os, statistics, subprocess, sys, tempfile, time
+import json, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from .command import command
 from .compare import AccuracyExplorer, RankDashboard
 from .config import Config, make_learner
-from .data import imagenet_data
+from .data import fastest_device, imagenet_data
 from .evaluate import score_chain, score_path
 from .explore import CodeExplorer
+from .files import n_cores
 from .folder import images_per_second
 from .live import LiveCallback, LiveSearch
 from .networks import NETS, X_SHAPES, Chain, get_net
@@ -196,12 +197,11 @@ def bench_data(
     n_batches:int=8,  # that are timed
 ) -> dict:            # images per second by number of workers
     "Speed of reading and augmenting images."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with tempfile.TemporaryDirectory() as d:
         if not folder: _pictures(d, 600)
         data = partial(imagenet_data, folder or d, bs, passes=1+n_batches*bs//500, px=px, n_valid=100, augment=augment)
         rate = lambda n: images_per_second(data(n_workers=n)[0], n_batches)
-        rates = {f'{n}_workers': round(rate(n), 1) for n in workers if n <= cores}
+        rates = {f'{n}_workers': round(rate(n), 1) for n in workers if n <= n_cores()}
     return dict(px=px, bs=bs, augment=augment, n_batches=n_batches, images=folder or 'random pictures', images_per_second=rates)
 
 def _pictures(folder, n):

@@ -55,7 +55,8 @@ def checkpoints(
     folder:FilePath, # of a run
 ) -> list[FilePath]: # oldest first
     "Files of a run's checkpoints."
-    return sorted(FilePath(folder).glob('checkpoint/epoch_*.safetensors'))
+    found = {f: int(m[1]) for f in FilePath(folder).glob('checkpoint/*') if (m := re.fullmatch(r'epoch_(\d+)\.safetensors', f.name))}
+    return sorted(found, key=found.get)
 
 def save_newest(
     folder:FilePath,           # of a run

@@ -6,7 +6,7 @@
 __all__ = ['command']
 
 # %% ../nbs/90_command.ipynb #72c556e3
-import argparse, json, os, sys
+import argparse, json, os, sys, traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
@@ -64,8 +64,21 @@ def _parser(f:Callable, n_places:int, options:type|None, examples:dict[str, str]
     return parser
 
 # %% ../nbs/90_command.ipynb #9539f7dd
-_MEMORY = 'the GPU has too little memory: a smaller --bs (or more processes), --px, --channels or --K needs less; what is finished is kept'
+_MEMORY = 'the GPU has too little memory: a smaller --bs (or more processes), --px, --channels or --K needs less; what is done is kept'
 
+@contextmanager
+def _safe_path() -> Iterator[None]: # a process that is started inside imports nothing from the folder it is in
+    before = os.environ.get('PYTHONSAFEPATH')
+    os.environ['PYTHONSAFEPATH'] = '1'
+    try: yield
+    finally: os.environ.pop('PYTHONSAFEPATH') if before is None else os.environ.update(PYTHONSAFEPATH=before)
+
+def _unexpected(e:Exception) -> str: # one line
+    fname, line, *_ = traceback.extract_tb(e.__traceback__)[-1]
+    said = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
+    return f'{said} ({FilePath(fname).name}:{line}): a damaged file, or a fault of kshot; with KSHOT_DEBUG=1 it is shown in full'
+
+# %% ../nbs/90_command.ipynb #5395d903
 def _who() -> str: # which of many processes speaks
     return f' (rank {os.environ.get("RANK")})' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
 
@@ -93,16 +106,21 @@ def command(
         try:
             args = parser().parse(argv)
             as_json = args.pop('json')
-            with redirect_stdout(sys.stderr), _processes(f.__name__, alone) as talks: result, text, *code = f(**args)
+            with redirect_stdout(sys.stderr), _safe_path(), _processes(f.__name__, alone) as talks: result, text, *code = f(**args)
         except (ValueError, OSError) as e: print(f'{name}{_who()}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
-        except RuntimeError as e:
-            if type(e).__name__ != 'OutOfMemoryError': raise # torch's, which may not be here
-            print(f'{name}{_who()}: {_MEMORY}', file=sys.stderr); sys.exit(1)
         except KeyboardInterrupt:
             print(f'\n{name}: interrupted; what is finished is kept, see {name} --help for how to go on', file=sys.stderr)
             sys.exit(130)
+        except Exception as e:
+            if 'KSHOT_DEBUG' in os.environ: raise
+            no_memory = type(e).__name__ == 'OutOfMemoryError' # torch's, which may not be here
+            print(f'{name}{_who()}: {_MEMORY if no_memory else _unexpected(e)}', file=sys.stderr)
+            sys.exit(1)
         try: talks and print(json.dumps(result) if as_json else text, file=out, flush=True)
-        except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno()) # its reader has gone
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno()) # or Python would try again in the end
+            if not isinstance(e, BrokenPipeError): # its reader has gone
+                print(f'{name}: the result cannot be printed: {e.strerror}', file=sys.stderr); sys.exit(2)
         if code and code[0]: sys.exit(code[0])
     main.parser, main.examples = parser, examples
     return main

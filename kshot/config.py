@@ -79,6 +79,7 @@ class Config(Sharing):
             v, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)
             if isinstance(v, bool) and bool not in kinds or not isinstance(v, (*kinds, int) if float in kinds else kinds):
                 raise TypeError(f'{f.name}={v!r}, expected {" or ".join(k.__name__ for k in kinds)}')
+            if isinstance(v, float) and not math.isfinite(v): raise ValueError(f'{f.name}={v}, expected a number that is finite')
         space_of(self)
         for k,v in RECIPES[self.space].items():
             if k == 'portion' and self.data == 'imagenet': continue # it has a validation set of its own
@@ -117,9 +118,9 @@ def check_config(
     for k in ('K', 'epochs', 'passes', 'bs'):
         if getattr(config, k) < 1: raise ValueError(f'{k}={getattr(config, k)}, expected at least 1')
     for k in ('lr', 'lr_codes'):
-        if not 0 < getattr(config, k) < math.inf: raise ValueError(f'{k}={getattr(config, k)}, expected above 0')
+        if not getattr(config, k) > 0: raise ValueError(f'{k}={getattr(config, k)}, expected above 0')
     for k in ('lr_end', 'wd', 'width_weight', 'apart', 'seed', 'max_macs'): # max_macs: 0 is no limit
-        if not 0 <= getattr(config, k) < math.inf: raise ValueError(f'{k}={getattr(config, k)}, expected at least 0')
+        if not getattr(config, k) >= 0: raise ValueError(f'{k}={getattr(config, k)}, expected at least 0')
     if not 0 <= config.warmup < 1: raise ValueError(f'warmup={config.warmup}, expected a share of training, 0 to below 1')
     if config.codes not in CODES: raise ValueError(f'codes {config.codes!r}, expected one of {", ".join(CODES)}')
     if (config.data == 'digits') != (config.space == 'digits'):
@@ -131,7 +132,8 @@ def check_config(
     if config.track_bn and config.mode == 'alternate' and config.K > 1:
         raise ValueError("track_bn in mode 'alternate', expected 'joint': simplex steps would count among what is tracked")
     n_ops, n_paths = space.sizes[config.block], math.prod(space.sizes)
-    if config.codes == 'vertex' and config.K > n_ops: raise ValueError(f'K={config.K} with codes vertex, expected at most the {n_ops} ops of the block')
+    if config.codes == 'vertex' and config.K > n_ops:
+        raise ValueError(f'K={config.K} with codes vertex, expected at most the {n_ops} ops of the block')
     if config.codes == 'free' and n_paths > 1e6: raise ValueError(f'codes free for {n_paths:,} paths, expected at most a million')
 
 # %% ../nbs/92_config.ipynb #06643e4c

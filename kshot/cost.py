@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 from .networks import Chain, Ops, WidthChain, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
+from .ops import Crop
 from .space import Path
 
 # %% ../nbs/18_cost.ipynb #4ef5a999
@@ -33,6 +34,8 @@ class Cost:
         names = op_modules(net, ops)
         self.owner, self.sizes = op_owner(names), block_sizes(net, names)
         self.net = copy.deepcopy(net).to('meta').eval()
+        for n,m in [*self.net.named_modules()]:
+            if isinstance(m, Crop): self.net.set_submodule(n, m.at()) # what a path has of a shared kernel
         self.x, self.table = torch.empty(1, *x_shape, device='meta'), {} # op -> what it adds; None: what all share
         self.inputs = self._block_inputs() if ops is None and type(net) in (Chain, WidthChain) else None
 

@@ -96,7 +96,7 @@ def fixed(self:TensorLoader,
 ) -> list[tuple[Tensor, Tensor]]: # of `(x, y)`
     "The same batches every time, without moving the loader's own generator."
     dl = copy.copy(self)
-    dl.generator, dl.passes, dl.shard = torch.Generator(self.x.device).manual_seed(seed), -(-n*self.bs//len(self.x)) + 1, (0, 1)
+    dl.generator, dl.passes, dl.shard = torch.Generator(self.x.device).manual_seed(seed), -(-n//(len(self.x)//self.bs)), (0, 1)
     return list(islice(dl, share[0], n, share[1]))
 
 # %% ../nbs/45_data.ipynb #53b01253
@@ -208,7 +208,7 @@ def digits_data(
     "Digits for training a network and scoring it; `ValueError` for a number of images that they are not."
     splits = digits_splits()
     x, y = (t[balanced(splits['train'][1], n_train)] for t in splits['train'])
-    if len(y) < bs: raise ValueError(f'{n_train} training images, expected at least one batch of {bs}')
+    if len(y) < bs: raise ValueError(f'{len(y)} training images, expected at least one batch of {bs}')
     train = TensorLoader(x, y, bs, augment=shift_and_noise, shuffle=True, seed=seed, passes=passes, shard=shard)
     return loaders(10, train, *(TensorLoader(*splits[s], bs=len(splits[s][0]), shard=shard) for s in ('valid', 'test')))
 
@@ -322,9 +322,10 @@ def get_data(
     name:str, # a key of `DATA`
     **kwargs, # of that set: `bs`, `seed`, `passes`, `shard`; for images those of `image_data` or `imagenet_data`
 ) -> DataLoaders: # train, valid, test; `c` classes
-    "Data by name; `ValueError` if there is none, or for a setting that it does not have."
+    "Data by name; `ValueError` if there is none, for a setting that it does not have, or a seed below 0."
     if name not in DATA: raise ValueError(f'data {name!r}, expected one of {", ".join(DATA)}')
     known = list(signature(DATA[name]).parameters)
     for k in kwargs:
         if k not in known: raise ValueError(f'data {name!r} has no setting {k!r}, expected some of {", ".join(known)}')
+    if kwargs.get('seed', 0) < 0: raise ValueError(f'seed={kwargs["seed"]}, expected at least 0')
     return DATA[name](**kwargs)

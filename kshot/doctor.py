@@ -83,14 +83,13 @@ def look_needs() -> Iterator[Finding]:
         except Exception as e: yield Finding('needs', f'kshot.{name}', 'bad', f'cannot be imported: {_line(e)}', words, 'see above')
 
 # %% ../nbs/91_doctor.ipynb #e720b642
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 def look_devices() -> Iterator[Finding]:
     "Processors, their memory, and how several processes can talk."
     import torch
+    from kshot.files import n_cores
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else 0
     said = f'OMP_NUM_THREADS={n}' if (n := os.environ.get('OMP_NUM_THREADS')) else 'OMP_NUM_THREADS is not set'
-    yield Finding('devices', 'cpu', 'ok', f'cores {_cores()}, threads of torch {torch.get_num_threads()} ({said}), {_gb(memory)}')
+    yield Finding('devices', 'cpu', 'ok', f'cores {n_cores()}, threads of torch {torch.get_num_threads()} ({said}), {_gb(memory)}')
     yield _cuda(torch)
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -124,10 +123,11 @@ def _talk(torch) -> Iterator[Finding]: # of several processes
 # %% ../nbs/91_doctor.ipynb #ee93d1cc
 def look_data() -> Iterator[Finding]:
     "Benchmark tables and images that kshot would find by itself."
-    from kshot.images import IMAGE_SETS, find_images, kshot_home
+    from kshot.files import data_home
+    from kshot.images import IMAGE_SETS, find_images
     from kshot.importers import IMPORTERS
     from kshot.tables import list_tables, read_table
-    folder = Path(os.environ.get('KSHOT_DATA') or kshot_home()/'data').expanduser()
+    folder = data_home()
     set_it = 'set KSHOT_DATA to the folder that holds the benchmarks and images'
     if folder.is_dir(): yield Finding('data', 'KSHOT_DATA', 'ok', str(folder))
     else: yield Finding('data', 'KSHOT_DATA', 'less', f'{folder} is no folder', 'spaces other than digits find no data', set_it)
@@ -167,9 +167,9 @@ def check_folder(
 
 def look_folders(runs:Path) -> Iterator[Finding]:
     "Folders that kshot writes."
+    from kshot.files import kshot_home
     yield check_folder('runs', runs, 'name another one: --runs')
-    home = Path(os.environ.get('KSHOT_HOME') or '~/.kshot').expanduser()
-    yield check_folder('KSHOT_HOME', home, 'set KSHOT_HOME to a folder of yours', 'less')
+    yield check_folder('KSHOT_HOME', kshot_home(), 'set KSHOT_HOME to a folder of yours', 'less')
 
 # %% ../nbs/91_doctor.ipynb #3841b26e
 EXTENSIONS = {'ipywidgets': '@jupyter-widgets/jupyterlab-manager', 'anywidget': 'anywidget'}

@@ -130,7 +130,7 @@ def score_chain(
     for o in range(max(sizes)):
         p = tuple(min(o, n-1) for n in sizes)
         weights |= supernet.weights([p], next(supernet.parameters()).new_ones(1, 1))[0]
-        if calibration: stats |= {n: t for n,t in fresh_stats(supernet, p).items() if supernet.track or not n.endswith('num_batches_tracked')}
+        if calibration: stats |= {n: t for n,t in fresh_stats(supernet, p).items() if supernet.track or not n.endswith('_tracked')}
     images, advance = lambda batches: batches and [x for x,_ in batches], lambda name, *xs: _advance(supernet, name, (weights, stats), *xs)
     def walk(paths, l, cal, xs):
         if l == len(sizes):

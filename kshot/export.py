@@ -7,6 +7,7 @@ __all__ = ['latency_ms', 'measured', 'build_subnet', 'save_subnet', 'load_subnet
 
 # %% ../nbs/65_export.ipynb #8c2481b8
 import copy, io, json, time
+from functools import partial
 from inspect import signature
 from pathlib import Path as FilePath
 from statistics import median
@@ -35,7 +36,7 @@ def latency_ms(
     if rounds < 1: raise ValueError(f'rounds={rounds}, expected at least 1')
     module, seconds = _copy_to(module, device), []
     x = torch.rand(bs, *x_shape, generator=torch.Generator().manual_seed(0)).to(device, memory_format=torch.channels_last)
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    wait = partial(torch.cuda.synchronize, x.device) if x.is_cuda else lambda: None
     for i in range(rounds + -(-rounds//3)):
         wait(); start = time.perf_counter()
         module(x); wait()

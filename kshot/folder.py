@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from .distributed import World
+from .files import n_cores
 
 # %% ../nbs/44_folder.ipynb #7dc0d76e
 class Files(NamedTuple):
@@ -200,8 +201,7 @@ def default_workers(
     world:int=1, # processes on this machine that train, unless `LOCAL_WORLD_SIZE` says how many
 ) -> int:        # 1 to 8
     "Workers of one training process."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(8, max(1, cores//int(os.environ.get('LOCAL_WORLD_SIZE', world))))
+    return min(8, max(1, n_cores()//int(os.environ.get('LOCAL_WORLD_SIZE', world))))
 
 class FileLoader:
     "Batches of `(x, y)` read from files; usable as one of fastai's `DataLoaders`."
@@ -281,7 +281,7 @@ def fixed(self:FileLoader,
     "The same batches every time, without moving the loader's own generator; no more than these are read."
     order = copy.copy(self.order)
     order.bs, order.shard = min(self.bs, 256), (0, 1)
-    order.generator, order.passes = torch.Generator().manual_seed(seed), -(-n*order.bs//len(self.images)) + 1
+    order.generator, order.passes = torch.Generator().manual_seed(seed), -(-n//(len(self.images)//order.bs))
     return list(self._batches(self._reader(list(islice(order, share[0], n, share[1])))))
 
 # %% ../nbs/44_folder.ipynb #79a8369a

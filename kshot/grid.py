@@ -16,7 +16,7 @@ from pathlib import Path as FilePath
 from typing import NamedTuple, get_args
 import torch
 from .config import Config, check_config, net_args, space_of
-from .networks import APPLIES, CHAINS, NETS, get_net
+from .networks import CHAINS, NETS, get_net
 from .sampler import get_sampler
 
 # %% ../nbs/98_grid.ipynb #eba6f39d
@@ -106,7 +106,7 @@ def make_rows(
     for k,v in dict(K=K, seeds=seeds).items():
         if not (isinstance(v, list | tuple) and v and all(type(i) is int for i in v)):
             raise ValueError(f'{k}={v!r}, expected whole numbers')
-    combinations = _combinations(_options(heuristics(baseline) if vary is None else vary), design)
+    combinations = _combinations(_options(heuristics(baseline, K) if vary is None else vary), design)
     for seed,changes,k in itertools.product(seeds, combinations, K):
         changed = [c for c in changes if c[0]]
         what, value = ' x '.join(c[0] for c in changed) or 'baseline', ', '.join(c[1] for c in changed)
@@ -144,13 +144,18 @@ _MAPPING = { # heuristic -> option of the network, its values
     'op on node or edge': ('op_on', dict.fromkeys(('node', 'edge')))}
 _N_TRAIN = {'digits': 800, 'cifar10': 50_000, 'cifar100': 50_000} # images of a set's training split
 
+def _fits(settings:dict, K:Sequence[int]) -> bool:
+    try: return bool([check_row(Row('', '', '', '', k, 0, settings)) for k in K])
+    except ValueError: return False
+
 def heuristics(
     baseline:dict, # settings by name
+    K:Sequence[int]=(1, 4), # numbers of supernets
 ) -> dict:         # heuristic -> value -> settings
-    "The 14 heuristics around a baseline, those that its space has."
+    "The 14 heuristics around a baseline, those that its space has and its other settings allow."
     c, how = split_settings(Row('baseline', '', '', '', 1, 0, baseline))
-    has = lambda key, v: c.space in APPLIES[key] and v != (dict(nb201='edge', nb101='node').get(c.space) if key == 'op_on' else None)
-    out = {name: {label: {key: v or label} for label,v in values.items() if has(key, v or label)} for name,(key,values) in _MAPPING.items()}
+    usual = dict(nb201='edge', nb101='node').get(c.space) # op_on
+    out = {name: {label: {key: v or label} for label,v in values.items() if label != usual} for name,(key,values) in _MAPPING.items()}
     if c.space not in CHAINS: out['layers'] = _factors('n_cells', _size(c, 'n_cells', 'n_cells'), .5, 2)
     n_train = c.n_train or _N_TRAIN.get(c.data, 0)*(c.portion or 1) # without a word on those that validate
     out |= {'train portion': {'half': dict(n_train=int(n_train)//2, passes=2*c.passes)} if n_train else {},
@@ -161,7 +166,7 @@ def heuristics(
             'weight decay': {'0': dict(wd=0.)} | _factors('wd', c.wd, .2, 5.), 'path sampling': _sampling(c)}
     as_it_is = vars(c) | how
     new = lambda settings: {k: v for k,v in settings.items() if as_it_is[k] != v}
-    out = {k: {label: new(s) for label,s in v.items() if new(s)} for k,v in out.items()}
+    out = {k: {label: n for label,s in v.items() if (n := new(s)) and _fits(baseline | n, K)} for k,v in out.items()}
     return {k: v for k,v in out.items() if v}
 
 # %% ../nbs/98_grid.ipynb #22188abc

@@ -57,9 +57,9 @@ def _codes_section(folder):
 def _search_section(folder):
     "Front and found path of a run that was searched."
     record, frame = read_run(folder), _read(folder, 'search')
-    if frame is None: return []
-    found, space = record['results']['search'], space_of(Config(**record['config']))
-    alone = record['results'].get('retrain')
+    found, alone = (record['results'].get(k) for k in ('search', 'retrain'))
+    if frame is None or found is None: return [] # it may have been killed between the two
+    space = space_of(Config(**record['config']))
     text = f'{found["n"]} paths scored, best {found["path"]}: {found["macs"]:,} MACs, supernet accuracy {found["acc_super"]:.3f}' + \
            (f'; trained alone {alone["acc_alone"]:.3f} on the test split.' if alone and alone['path'] == found['path'] else '.')
     frame = frame.rename(columns={'score': 'supernet score (negative loss)'})

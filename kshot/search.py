@@ -47,6 +47,7 @@ class Search:
         self.storage, self.locks = storage, lock_folder(storage, locks)
         with quiet_optuna(): self.record = open_study(storage, self.locks, name, self.directions, about)
         self.study, self.mine, self.claim = None, None, None # the sampler's study, the path in work and the lock on it
+        self.past = {} # path -> trial of an earlier run that the sampler has not come to yet
         self.sync()
 
 # %% ../nbs/70_search.ipynb #bfea4cac
@@ -91,8 +92,8 @@ def take(self:Search,
     path:Path, # op index per block
 ) -> bool:
     "Whether `path` is to be scored, and by us alone: valid, within the budgets, not told, in nobody's hands."
-    if path in self.told or not self.fits(path): return False
-    if self.locks is None: return True
+    if not self.fits(path) or path in self.told and path not in self.past: return False
+    if self.locks is None or path in self.past: return True
     lock = self._lock(self.space.format(path))
     if not lock.acquire(wait=False): return False
     self.sync()
@@ -131,7 +132,7 @@ def _listed(self:Search, rng, algorithm):
     if not left: self._refuse(lambda k: min((self.cost(p)[k] for p in paths), default=math.nan))
     if algorithm != 'exhaustive': left = [left[i] for i in rng.permutation(len(left))]
     def tries():
-        left[:] = [p for p in left if p not in self.told]
+        left[:] = [p for p in left if p not in self.told or p in self.past]
         return iter(left)
     return tries
 
@@ -198,7 +199,7 @@ def propose(self:Search,
 ) -> Trial|None:   # None: nothing is left
     "Trial of a path that is ours to score."
     path = None
-    if len(self.told) >= n_drawn:
+    if len(self.told)-len(self.past) >= n_drawn:
         trial = self.study.ask(self.blocks)
         if self.take(path := self.path_of(trial)): return trial
         self.study.tell(trial, state=TrialState.FAIL)
@@ -217,10 +218,13 @@ def finish(self:Search,
 ):
     "Score the path of a trial and put it into the record; `ValueError` if the score is NaN or the storage out of reach."
     self.mine = path = self.path_of(trial)
+    trial.set_user_attr('path', self.space.format(path))
+    if path in self.past: return self.study.tell(trial, self.past.pop(path).values)
+    self.study.add_trials(self.past.values()) # what the others have scored
+    self.past.clear()
     try:
         value = float(score(path))
         if math.isnan(value): raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
-        trial.set_user_attr('path', self.space.format(path))
         told = self.study.tell(trial, [value] + ([float(self.cost(path)[self.tradeoff])] if self.tradeoff else []))
         self.sync() # without locks it may be there by now
         if path not in self.told:
@@ -253,11 +257,13 @@ def run(self:Search,
     with quiet_optuna(), self._as_worker() as worker, watching(self, n, progress) as show:
         self.n_wanted = n
         self.sync()
-        seeds = np.random.SeedSequence(None if seed is None else [seed, worker, self.n_seen])
+        seeds = np.random.SeedSequence(None if seed is None else [seed, worker])
         self.rng = np.random.default_rng(seeds)
         tries = self.candidates(self.rng, algorithm)
         self.study = optuna.create_study(sampler=make(int(seeds.generate_state(1)[0])), directions=self.directions)
-        self.study.add_trials(self.record.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[:self.n_seen])
+        with storage_errors(self.storage): trials = self.record.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[:self.n_seen]
+        if algorithm == 'exhaustive' or seed is None: self.study.add_trials(trials)
+        else: self.past = {self.path_of(t): t for t in reversed(trials)}
         draw = lambda: next(filter(self.take, tries()), None)
         def goes_on():
             self.is_cut = show() is False and self.n_done < n

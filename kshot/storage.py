@@ -37,9 +37,10 @@ class FileLock:
 
     def release(self):
         "Give the lock back."
+        file, self.file = self.file, None # with the file gone, another thread may have the lock already
         self.fname.unlink(missing_ok=True)
-        flock(self.file, LOCK_UN)
-        self.file.close()
+        flock(file, LOCK_UN)
+        file.close()
 
     __enter__ = acquire
     def __exit__(self, *_): self.release()

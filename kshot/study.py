@@ -7,7 +7,7 @@ __all__ = ['N_KEPT', 'METRICS', 'ranking', 'measure', 'run_row', 'study_rows', '
            'run_study', 'report_study', 'study']
 
 # %% ../nbs/99_study.ipynb #3d2eb5be
-import json, math, os, re, signal, sys, time
+import json, math, re, signal, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -22,12 +22,12 @@ from .command import command
 from .config import Config, space_of
 from .distributed import world
 from .effects import effects, flips, plot_effects, plot_heuristic, plot_metrics, summary
-from .files import write_json
+from .files import n_cores, write_json
 from .grid import Row, read_study, split_settings
-from .launch import set_threads
+from .launch import run_folder, set_threads
 from .page import write_report
 from .rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
-from .runs import add_result, ensure_trained, environment, get_truth, read_run, score_run, write_run
+from .runs import add_result, check_links, ensure_trained, environment, get_truth, read_run, score_run, write_run
 from .search import FileLock, Search, make_search
 from .space import Block, Space
 from .tables import end_with_parent, get_table, list_tables, reference, write_parquet
@@ -82,7 +82,7 @@ def run_row(
     row:Row,         # what to do
     folder:FilePath, # of the study
 ) -> dict:           # what was measured, or 'error'
-    "Train, score and measure one row, or what is left of it; `ValueError` as in `measure`, or if its folder holds a run of another configuration."
+    "Train, score and measure one row, or what is left of it; `ValueError` as in `measure`, or for a folder of another configuration."
     where, locks = folder/row.name, folder/'locks'
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks/row.name):
@@ -91,7 +91,7 @@ def run_row(
         if (had := read_run(where)['config']) != config: raise ValueError(f'{row.name} holds a run with {had}, expected {config}')
         if (done := _result(where)) is not None: return done
         try: found = measure(row, where)
-        except (TrainingStopped, torch.OutOfMemoryError) as e: # results; what else may be wrong, such as data that are not there, can be put right
+        except (TrainingStopped, torch.OutOfMemoryError) as e: # results; what else may be wrong can be put right
             found = dict(error=f'{e}')
             print(f'{row.name}: {found["error"]}', file=sys.stderr)
         return add_result(where, 'row', found, started)
@@ -104,6 +104,7 @@ def study_rows(
     folder:FilePath, # of a study
 ) -> list[Row]:      # that it consists of
     "Rows of a study that was begun; `ValueError` if the folder holds none."
+    check_links(folder)
     try:
         said = json.loads((folder/'study.json').read_text())
         if not (said and isinstance(said, list)): raise ValueError('no list of rows')
@@ -190,11 +191,10 @@ def run_study(
     progress:bool=True, # show a bar?
 ) -> pd.DataFrame:   # as `collect`
     "Do a study, or what is left of it, beside whoever else works on it; `ValueError` as in `begin_study`, or if a row cannot run."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    folder, n = FilePath(folder), workers or torch.cuda.device_count() or cores
+    folder, n = FilePath(folder), workers or torch.cuda.device_count() or n_cores()
     begin_study(rows, folder)
     if n == 1: work(folder, progress); return collect(folder)
-    helpers = [get_context('spawn').Process(target=_helper, args=(folder, i, max(1, cores//n))) for i in range(n)]
+    helpers = [get_context('spawn').Process(target=_helper, args=(folder, i, max(1, n_cores()//n))) for i in range(n)]
     for h in helpers: h.start()
     try:
         with redirect_stdout(sys.stderr): _watch(helpers, rows, folder, progress)
@@ -245,7 +245,7 @@ def study(
     metric:str='tau_loss', # that effects are about
 ):
     "Train, score and measure every row of a study. The same command goes on with what was interrupted, on this or another machine."
-    folder = runs/name
+    folder = run_folder(runs, name)
     if (n := world().size) > 1: raise ValueError(f'{n} processes for study, expected one: its own --workers share the rows')
     if metric not in METRICS: raise ValueError(f'metric {metric!r}, expected one of {", ".join(METRICS)}')
     frame = run_study(study_rows(folder) if resume else read_study(source), folder, workers)
@@ -254,4 +254,5 @@ def study(
     if len(paired): report_study(folder, paired, metric)
     few = ['space', 'heuristic', 'value', 'K', 'n', 'effect', 'low', 'high', 'verdict']
     text = f'{folder}: {len(frame)} of {n} rows done, {failed} of them without a result\n{found[few].round(3).to_string(index=False)}'
-    return dict(rows=n, done=len(frame), failed=failed, effects=json.loads(found.to_json(orient='records'))), text
+    result = dict(rows=n, done=len(frame), failed=failed, effects=json.loads(found.to_json(orient='records')))
+    return result, text, int(not failed < len(frame) == n)

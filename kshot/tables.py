@@ -29,7 +29,7 @@ from fastprogress.fastprogress import progress_bar
 from .cost import Cost
 from .data import get_data
 from .evaluate import accuracy_loss
-from .files import Unwritable, locked, read_log, replacing, to_json, write_file
+from .files import Unwritable, data_home, kshot_home, locked, n_cores, read_log, replacing, to_json, write_file
 from .importers import COLUMNS, IMPORTERS, RAW_LATENCY, as_rows, find_raw, import_latency, import_rows
 from .nb101 import nb101_hash
 from .networks import NETS, X_SHAPES, get_net, subnet
@@ -232,7 +232,10 @@ def make_table(
     paths:list[str]|None=None, # formatted; None: every path of the space
     n_workers:int|None=None,   # processes; None: one a core
 ) -> Table:               # also in `folder/NAME.parquet`
-    "Train every path alone, resume what is half done; `ValueError` if another process does, or if the log is none."
+    "Train every path alone, resume what is half done; `ValueError` if another process does, if the log is none, or for a number below 1."
+    n_workers = n_workers or n_cores()
+    for k,v in dict(epochs=epochs, seeds=seeds, n_workers=n_workers).items():
+        if v < 1: raise ValueError(f'{k}={v}, expected at least 1')
     folder, space = FilePath(folder), get_space(name)
     paths, log = [space.format(p) for p in (space if paths is None else map(space.parse, paths))], folder/f'{name}.jsonl'
     with locked(folder/f'.{name}.lock'):
@@ -240,7 +243,7 @@ def make_table(
         n_rows = Counter(map(key, rows)) # two a training, one for each split
         write_file(log, ''.join(to_json(r)+'\n' for r in rows if n_rows[key(r)] == 2))
         jobs = [(name, p, s, epochs) for s in range(seeds) for p in paths if n_rows[p, s, epochs] != 2]
-        _train_paths(jobs, log, n_workers or os.cpu_count())
+        _train_paths(jobs, log, n_workers)
         frame = pd.DataFrame(read_log(log)).assign(n_runs=1).query('epochs == @epochs and seed < @seeds and path in @paths')
         return write_table(frame, folder/f'{name}.parquet', name, f'trained alone by kshot, {epochs} epochs')
 
@@ -265,13 +268,11 @@ TABLES = {'digits': 'digits.parquet'} # name -> file inside the package
 
 def tables_folder() -> FilePath:
     "Where imported tables are."
-    return FilePath(os.environ.get('KSHOT_HOME') or FilePath.home()/'.kshot')/'tables'
-
-def _raw_folder() -> str|None: return os.environ.get('KSHOT_DATA')
+    return kshot_home()/'tables'
 
 def import_table(
     space:str,              # whose benchmark: a key of `IMPORTERS`
-    source:FilePath|None=None, # file or folder as the benchmark hands it out; None: what `KSHOT_DATA` has
+    source:FilePath|None=None, # file or folder as the benchmark hands it out; None: what `data_home` has
     name:str|None=None,     # of the table; None: the space's
     folder:FilePath|None=None, # where to put it; None: `tables_folder()`
 ) -> Table:                 # what `get_table(name)` gives from now on
@@ -279,8 +280,8 @@ def import_table(
     name = name or space
     if not re.fullmatch(r'[\w-]+', name) or name in TABLES:
         raise ValueError(f'table name {name!r}, expected letters, digits, _ and - and none of {", ".join(TABLES)}')
-    if source is None and space in IMPORTERS and (source := find_raw(space, _raw_folder())) is None:
-        raise ValueError(f'no source of table {space}, expected a file, or one in the folder that KSHOT_DATA names')
+    if source is None and space in IMPORTERS and (source := find_raw(space, data_home())) is None:
+        raise ValueError(f'no source of table {space}, expected a file, or one in the data folder {str(data_home())!r}')
     rows = import_rows(space, source)
     return write_table(rows, (folder or tables_folder())/f'{name}.parquet', space, FilePath(source).name)
 
@@ -288,11 +289,11 @@ def import_table(
 def get_table(
     name:str, # a key of `TABLES`, an imported table, or a table's .parquet file
 ) -> Table:   # nothing but its metadata is read
-    "Table by name or file, imported first if its source is in `KSHOT_DATA`; `ValueError` if there is none."
+    "Table by name or file, imported first if its source is in `data_home`; `ValueError` if there is none."
     if name in TABLES: return read_table(FilePath(files('kshot')/'benchmarks'/TABLES[name]), name)
     if FilePath(name).suffix == '.parquet': return read_table(FilePath(name))
     if (known := tables_folder()/f'{name}.parquet').exists() and known.stem == name: return read_table(known)
-    if raw := find_raw(name, _raw_folder()):
+    if raw := find_raw(name, data_home()):
         print(f'importing table {name} from {raw}', file=sys.stderr)
         return import_table(name)
     have = [t['name'] for t in list_tables()]
@@ -305,16 +306,16 @@ def list_tables() -> list[dict]: # dicts of name, kind ('packaged', 'imported', 
     made = [f for f in sorted(tables_folder().glob('*.parquet')) if not f.stem.endswith('.latency') and f.name[0] != '.']
     out += [dict(name=f.stem, kind='imported', file=str(f)) for f in made]
     return out + [dict(name=k, kind='importable', file=str(raw)) for k in IMPORTERS
-                  if k not in {f.stem for f in made} and (raw := find_raw(k, _raw_folder()))]
+                  if k not in {f.stem for f in made} and (raw := find_raw(k, data_home()))]
 
 # %% ../nbs/80_tables.ipynb #8249fcea
 def _latency_file(space:str) -> FilePath:
-    "File of a space's latencies, imported first if its source is in `KSHOT_DATA`; `ValueError` if there is none."
+    "File of a space's latencies, imported first if its source is in `data_home`; `ValueError` if there is none."
     fname = tables_folder()/f'{space}.latency.parquet'
     if fname.exists(): return fname
-    raw = FilePath(_raw_folder() or '.')/RAW_LATENCY.get(space, '')
-    if space not in RAW_LATENCY or not (_raw_folder() and raw.exists()):
-        wanted = f'{raw.name} in the folder that KSHOT_DATA names' if space in RAW_LATENCY else ' or '.join(RAW_LATENCY)
+    raw = data_home()/RAW_LATENCY.get(space, '')
+    if space not in RAW_LATENCY or not raw.exists():
+        wanted = f'{raw.name} in the data folder {str(data_home())!r}' if space in RAW_LATENCY else ' or '.join(RAW_LATENCY)
         raise ValueError(f'no latencies of space {space!r}, expected {wanted}')
     write_parquet(import_latency(raw), fname)
     return fname

@@ -22,7 +22,7 @@ from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
 from .distributed import agree, average_, average_stats, world
 from .sampler import UniformSampler, get_sampler
-from .sharing import set_drop_path
+from .sharing import drop_paths_of, set_drop_path
 from .simplex import SimplexNet, UniformCode
 from .space import Path, Space
 from .supernet import Supernet
@@ -66,8 +66,9 @@ class SkipValidation(Callback):
 class DropPathCallback(Callback):
     "Drop paths more and more often as training goes on, see `kshot.sharing.drop_paths`."
     order = -6
+    def before_fit(self): self.drops = drop_paths_of(self.model)
     def before_batch(self):
-        if self.training: set_drop_path(self.model, self.pct_train)
+        if self.training: set_drop_path(self.drops, self.pct_train)
 
 # %% ../nbs/50_train.ipynb #5a7d1640
 def device_of(
@@ -132,6 +133,7 @@ def before_fit(self:KShotCallback):
     self.model.zero_grad()
     self.kept, self.still, self.model.waiting = [], [], [] if world().size > 1 else None
 
+# %% ../nbs/50_train.ipynb #2008a552
 @patch
 def before_batch(self:KShotCallback):
     "Hand paths and codes to the supernet."
@@ -188,6 +190,7 @@ def _step_joint(self:KShotCallback):
     self._step_codes()
     self.kept = []
 
+# %% ../nbs/50_train.ipynb #e6a35741
 @patch
 def _unread(self:KShotCallback) -> list: # (tensor, rows, what is in them) of the supernets that few-shot does not train in this step
     if not hasattr(self.codes, 'reads'): return []

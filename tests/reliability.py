@@ -23,8 +23,8 @@ SPACE_PATHS = ('0000', '1111', '2222', '3333', '4444', '0123', '1234', '4321')
 def train(folder):
     train_run(CONFIG, folder/'run', resume=(folder/'run'/'run.json').exists(), progress=False)
 
-def search(folder): # of a run that is trained: every path within a budget
-    search_run(folder/'run', 10_000, 'exhaustive', dict(macs=8_000), n_calibration=1)
+def search(folder): # of a run that is trained: two generations, within a budget
+    search_run(folder/'run', 120, 'nsga2', dict(macs=20_000), n_calibration=1)
 
 def study(folder):
     rows = make_rows(dict(space='digits', epochs=2, passes=1, bs=200, channels=4, n_paths=8, n_calibration=1), {'path sampling': {'fair': dict(sampler='fair')}}, K=[2], seeds=1)
@@ -109,15 +109,15 @@ def check(pid, err, what, limit=300):
     if status: raise RuntimeError(f'{what} failed: {err.read_text()[-3000:]}')
 
 def kill_one(what, folder, err, duration, rng, n_left):
-    "Begin, kill at a random moment, begin again, until `n_left` kills have hit or all is done: how many have."
-    n = 0
+    "Begin, kill at a random moment, begin again, until `n_left` kills have hit or all is done: how many have, and how many found nothing new in the folder."
+    n, n_early, had = 0, 0, set(folder.rglob('*'))
     while n < n_left:
         pid = begin(what, folder, err)
         status = ended(pid, rng.uniform(0, duration))
-        if status is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0); n += 1
+        if status is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0); n += 1; n_early += set(folder.rglob('*')) == had
         elif status: raise RuntimeError(f'{what} failed after {n} kills: {err.read_text()[-3000:]}')
         else: break
-    return n
+    return n, n_early
 
 def kills(what, n, seed=0, base=None, say=print):
     "`n` kills of one kind of work: a row of the table."
@@ -129,16 +129,16 @@ def kills(what, n, seed=0, base=None, say=print):
     check(begin(what, folder, err), err, what)
     duration, expected = time.monotonic() - began, result(what, folder)
     shutil.rmtree(folder)
-    n_kills = n_runs = n_equal = hit_equal = 0
+    n_kills = n_early = n_runs = n_equal = hit_equal = 0
     while n_kills < n:
         folder = prepared(what, base)
-        hits = kill_one(what, folder, err, 1.1*duration, rng, min(n-n_kills, rng.randint(1, 4)))
+        hits, early = kill_one(what, folder, err, 1.1*duration, rng, min(n-n_kills, rng.randint(1, 4)))
         check(begin(what, folder, err), err, what)
         is_equal = result(what, folder) == expected
-        n_kills, n_runs, n_equal, hit_equal = n_kills+hits, n_runs+1, n_equal+is_equal, hit_equal+hits*is_equal
+        n_kills, n_early, n_runs, n_equal, hit_equal = n_kills+hits, n_early+early, n_runs+1, n_equal+is_equal, hit_equal+hits*is_equal
         say(f'{what}: {n_kills} of {n} kills, {n_runs} runs, {n_equal} equal', flush=True)
         shutil.rmtree(folder)
-    row = dict(what=f'kill {what}', n=n_kills, ok=hit_equal, runs=n_runs, runs_equal=n_equal, seed=seed, seconds_undisturbed=round(duration, 2),
+    row = dict(what=f'kill {what}', n=n_kills, ok=hit_equal, before_anything=n_early, runs=n_runs, runs_equal=n_equal, seed=seed, seconds_undisturbed=round(duration, 2),
                note='SIGKILL of the whole process group at uniform moments, resumed, result equal to the undisturbed one')
     return row
 
@@ -275,7 +275,8 @@ def clock(what, base, expected):
             except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
             os._exit(0)
         if seed == 2: check(pid, base/'err', what)
-        elif ended(pid, rng.uniform(.5, 1.5)) is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        elif (status := ended(pid, rng.uniform(.5, 1.5))) is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        elif status: raise RuntimeError(f'{what} failed: {(base/"err").read_text()[-3000:]}')
         n += 1
     seconds = [s for f in folder.rglob('run.json') for s in json.loads(f.read_text())['seconds'].values()]
     for f in checkpoints(folder/'run'): seconds.append(load_tensors(f)[1]['seconds'])
