@@ -193,7 +193,7 @@ def _records(frame:pd.DataFrame) -> list[dict]: return json.loads(frame.to_json(
 def tables(
     action:str='list',   # list, import, show, baselines or make
     name:str='digits',   # of the table; import: of the benchmark
-    source:str='',       # import: file or folder as the benchmark hands it out; nothing: what KSHOT_DATA has
+    source:str='',       # import: file or folder as the benchmark hands it out; nothing: what the data folder has
     save_as:str='',      # import: of the table, if not as the benchmark
     dataset:str='',      # baselines: of the accuracies
     split:str='',        # baselines: of the accuracies

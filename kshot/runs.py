@@ -56,9 +56,9 @@ def check_links(
 ):
     "Nothing if all that a folder holds lies in it, `ValueError` for a link that leads out, or for what is no file."
     root = FilePath(folder).resolve()
-    for f in FilePath(folder).rglob('*'):
+    for f in (FilePath(where, name) for where,*names in os.walk(folder) for name in (*names[0], *names[1])): # some may go meanwhile
         if f.is_symlink() and not f.resolve().is_relative_to(root): raise ValueError(f'{str(f)!r} is a link that leads out of its folder')
-        if not (f.is_symlink() or f.is_file() or f.is_dir()): raise ValueError(f'{str(f)!r} is no file')
+        if f.is_fifo() or f.is_socket() or f.is_char_device() or f.is_block_device(): raise ValueError(f'{str(f)!r} is no file')
 
 def check_free(
     folder:FilePath, # to work in

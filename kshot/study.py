@@ -233,7 +233,7 @@ def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline i
     return frame.merge(frame[frame.heuristic == 'baseline'][keys], on=keys)
 
 @command(n_places=1, examples={
-    'digits --name heuristics --workers 2': 'the 14 heuristics on digits, in two processes',
+    'digits --name heuristics --workers 2': 'those of the 14 heuristics that digits can have, in two processes',
     'lr.toml --name lr': 'what a file says',
     '--name heuristics --resume': 'go on with it, or help with it from another machine'})
 def study(

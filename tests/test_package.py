@@ -170,7 +170,8 @@ def test_library_alone(dist, tmp_path, end):
     if fname := os.environ.get('KSHOT_RECORD'):
         names = ['python', *(r.partition('>=')[0] for r in REQUIREMENTS)]
         has['python'] = run(python, '-c', 'import platform; print(platform.python_version())').strip()
-        made = dict(versions={n: has[n] for n in names}, machine=demo['machine'], demo_seconds=demo['seconds']['demo'],
+        commit = run('git', 'log', '-1', '--format=%h').strip()
+        made = dict(versions={n: has[n] for n in names}, commit=commit, machine=demo['machine'], demo_seconds=demo['seconds']['demo'],
                     demo_tau={k: round(demo['results']['rank'][k]['tau'], 3) for k in ('kshot', 'one_shot')})
         made |= measured(dist, python, tmp_path)
         had = json.loads(Path(fname).read_text()) if Path(fname).exists() else {}
