@@ -71,7 +71,7 @@ def test_metadata(dist):
 def test_script_has_its_function(script):
     module, func = SCRIPTS[script].split(':')
     body = ast.parse((ROOT/(module.replace('.', '/') + '.py')).read_text()).body
-    assert func in {n.name for n in body if isinstance(n, ast.FunctionDef)}
+    assert func in {t.id for n in body if isinstance(n, ast.Assign) for o in n.targets for t in ast.walk(o) if isinstance(t, ast.Name)}
 
 def test_version(): assert f'__version__ = "{CFG["version"]}"' in (ROOT/'kshot'/'__init__.py').read_text()
 
@@ -120,7 +120,7 @@ def test_user_is_checked(typed):
 @pytest.mark.slow
 def test_annotations_are_true(typed):
     "The stubs agree with themselves, and with the signatures of everything that can be imported."
-    wrapped = [o.replace(':', '.') for o in SCRIPTS.values()] # a command takes `argv`, whatever the function takes that it wraps
+    wrapped = [rf'kshot\.(command|launch|study|bench|doctor)\.{o.partition(":")[2]}' for o in SCRIPTS.values()] # a command takes `argv`, whatever the function takes that it wraps
     (typed/'known').write_text('\n'.join([*wrapped, r'kshot\.\w+\.(AccuracyExplorer|CodeExplorer|LivePanel|Panel|RankDashboard|Window)']) + '\n') # traitlets' metaclass
     code, said = mypy(typed, 'mypy.stubtest', 'kshot', '--mypy-config-file', 'mypy.ini', '--concise', '--ignore-missing-stub',
                       '--allowlist', 'known', '--ignore-unused-allowlist')
