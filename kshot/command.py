@@ -91,6 +91,7 @@ def _processes(name:str, alone:bool) -> Iterator[bool]: # does this one print?
     from kshot.distributed import distributed
     with distributed() as world: yield world.rank == 0
 
+# %% ../nbs/90_command.ipynb #e101364f
 def command(
     f:Callable|None=None, # returns result for JSON, text to read and, unless it is 0, an exit code; None: a decorator
     n_places:int=0,       # how many of its first arguments are given by their place

@@ -9,7 +9,7 @@ __all__ = ['environment', 'check_links', 'check_free', 'read_run', 'write_run', 
 
 # %% ../nbs/93_runs.ipynb #5b68c680
 import json, os, platform, re, subprocess, sys, time, zlib
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial, reduce
 from importlib.metadata import version
@@ -103,9 +103,15 @@ def add_result(
         write_run(folder, record)
     return result
 
+@contextmanager
 def _at_work(folder:FilePath): # of a run or of a retraining
-    "Context that one process at a time is in, as one for all of a job; `ValueError` if somebody is."
-    return locked(FilePath(folder)/'.lock') if is_first() else nullcontext()
+    "Context that one process at a time is in, as one for all of a job; `ValueError` if somebody is. What writes nothing leaves no folder."
+    folder = FilePath(folder)
+    with locked(folder/'.lock') if is_first() else nullcontext():
+        try: yield
+        except BaseException:
+            if is_first() and [f.name for f in folder.iterdir()] == ['.lock']: (folder/'.lock').unlink(); folder.rmdir()
+            raise
 
 # %% ../nbs/93_runs.ipynb #53796b24
 def train_run(
