@@ -140,5 +140,6 @@ def later(
         return f(argv)
     return main
 
-train, rank, search, retrain, export, tables, demo = (later('launch', name) for name in 'train rank search retrain export tables demo'.split())
-study, bench, doctor = (later(name, name) for name in 'study bench doctor'.split())
+_names = 'train', 'rank', 'search', 'retrain', 'export', 'tables', 'demo'
+train, rank, search, retrain, export, tables, demo = (later('launch', name) for name in _names)
+study, bench, doctor = (later(name, name) for name in ('study', 'bench', 'doctor'))
