@@ -6,7 +6,7 @@
 __all__ = ['train', 'rank', 'search', 'retrain', 'export', 'tables', 'demo', 'study', 'bench', 'doctor', 'command', 'later']
 
 # %% ../nbs/90_command.ipynb #72c556e3
-import argparse, json, os, sys, traceback
+import argparse, json, os, signal, sys, traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
@@ -133,10 +133,14 @@ def later(
     name:str,   # of a command in it
 ) -> Callable:  # `f(argv=None)`, for `console_scripts`
     "A command whose module is imported when it is called."
+    def stop(*_): # at once: what C++ is doing cannot be interrupted
+        print(f'\nkshot_{name}: interrupted before it began', file=sys.stderr, flush=True)
+        os._exit(130)
     def main(argv:list[str]|None=None):
+        if is_usual := signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, stop)
         try: f = getattr(import_module(f'kshot.{module}'), name)
-        except KeyboardInterrupt: print(f'\nkshot_{name}: interrupted before it began', file=sys.stderr); sys.exit(130)
         except ImportError as e: print(f'kshot_{name}: {" ".join(str(e).split())}; kshot_doctor says more', file=sys.stderr); sys.exit(1)
+        finally: is_usual and signal.signal(signal.SIGINT, signal.default_int_handler)
         return f(argv)
     return main
 
