@@ -94,14 +94,13 @@ def add_result(
     name:str,        # 'rank', 'search', ...
     result:dict,     # what JSON can hold
     started:float,   # `time.monotonic()` when the work began
-) -> dict:           # `result`
-    "Put one result into `run.json`, with the seconds it took."
-    if not is_first(): return result
+):
+    "Put one result into `run.json`, from the first process, with the seconds it took."
+    if not is_first(): return
     with locked(FilePath(folder)/'.run.json.lock', wait=True): # several processes may search one run
         record = read_run(folder)
         record['results'][name], record['seconds'][name] = result, round(time.monotonic()-started, 1)
         write_run(folder, record)
-    return result
 
 @contextmanager
 def _at_work(folder:FilePath): # of a run or of a retraining

@@ -94,7 +94,8 @@ def run_row(
         except (TrainingStopped, torch.OutOfMemoryError) as e: # results; what else may be wrong can be put right
             found = dict(error=f'{e}')
             print(f'{row.name}: {found["error"]}', file=sys.stderr)
-        return add_result(where, 'row', found, started)
+        add_result(where, 'row', found, started)
+        return found
 
 def _result(where:FilePath) -> dict|None: # None: not done
     return read_run(where)['results'].get('row') if (where/'run.json').exists() else None

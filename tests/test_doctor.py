@@ -103,6 +103,10 @@ def test_no_tools_and_no_extensions(monkeypatch, tmp_path):
     assert {f.name for f in look_tools() if f.state == 'less'} >= {'git', 'quarto', 'chromium'}
     assert all(f.state == 'less' and 'widgets' in f.lost for f in look_lab() if 'browser' in f.name)
 
+def test_tools_are_looked_up_and_not_imported(monkeypatch):
+    monkeypatch.setattr(doctor, 'import_module', lambda name: pytest.fail(f'{name} is imported'))
+    assert {'onnx', 'onnxscript'} <= {f.name for f in look_tools()}
+
 def test_a_floor_that_is_not_met(monkeypatch):
     monkeypatch.setattr(doctor, 'version', lambda name: '1.2.post3')
     found = doctor.check_package('numpy', '1.10')
