@@ -262,8 +262,8 @@ def run(self:Search,
         tries = self.candidates(self.rng, algorithm)
         self.study = optuna.create_study(sampler=make(int(seeds.generate_state(1)[0])), directions=self.directions)
         with storage_errors(self.storage): trials = self.record.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[:self.n_seen]
-        if algorithm == 'exhaustive' or seed is None: self.study.add_trials(trials)
-        else: self.past = {self.path_of(t): t for t in reversed(trials)}
+        self.past = {} if algorithm == 'exhaustive' or seed is None else {self.path_of(t): t for t in reversed(trials)}
+        if not self.past: self.study.add_trials(trials)
         draw = lambda: next(filter(self.take, tries()), None)
         def goes_on():
             self.is_cut = show() is False and self.n_done < n

@@ -36,12 +36,12 @@ def drop_paths_of(
     return [m for m in net.modules() if isinstance(m, DropPath)]
 
 def set_drop_path(
-    drops:nn.Module|Iterable[DropPath], # network, or what `drop_paths_of` found there: to look takes longer than to set
+    drops:Iterable[DropPath], # what `drop_paths_of` found in a network: to look takes longer than to set
     share:float,   # of the training that is over, 0-1
 ):
     "Drop as many paths as is due at a time of training; `ValueError` for a share that is none."
     if not 0 <= share <= 1: raise ValueError(f'share={share} of training, expected 0 to 1')
-    for m in drop_paths_of(drops) if isinstance(drops, nn.Module) else drops: m.p = m.rate*share
+    for m in drops: m.p = m.rate*share
 
 # %% ../nbs/12_sharing.ipynb #7afa5769
 def drop_paths(

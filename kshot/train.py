@@ -192,16 +192,16 @@ def _step_joint(self:KShotCallback):
 
 # %% ../nbs/50_train.ipynb #e6a35741
 @patch
-def _unread(self:KShotCallback) -> list: # (tensor, rows, what is in them) of the supernets that few-shot does not train in this step
+def _unread(self:KShotCallback) -> list: # (row, what is in it) of the supernets that few-shot does not train in this step
     if not hasattr(self.codes, 'reads'): return []
-    rows = sorted({*range(self.model.K)} - {self.codes.reads(p) for p in self.paths})
-    state = self.learn.opt.opt.state
-    return [(t, rows, t[rows]) for b in self.model.banks.values() if b.grad is not None for t in (b.data, state[b]['momentum_buffer'])]
+    rest, state = {*range(self.model.K)} - {self.codes.reads(p) for p in self.paths}, self.learn.opt.opt.state
+    tensors = [t for b in self.model.banks.values() if b.grad is not None for t in (b.data, state[b]['momentum_buffer'])]
+    return [(t[k], t[k].clone()) for t in tensors for k in rest]
 
 @patch
 def after_step(self:KShotCallback):
     "Put back what weight decay and momentum have done to supernets that the step's paths do not read."
-    for t,rows,was in self.still: t[rows] = was
+    for row,was in self.still: row.copy_(was)
 
 @patch
 def _step_codes(self:KShotCallback): self.opt_codes.step(); self.opt_codes.zero_grad()
