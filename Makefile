@@ -37,7 +37,7 @@ bench: $(READY) ## what K supernets cost beside one
 	@$(BIN)/kshot_bench $(ARGS)
 
 readme: $(READY) ## README.md from nbs/index.ipynb
-	@$(BIN)/python tests/readme.py
+	@$(BIN)/python tools/readme.py
 
 docs: readme ## the site in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: https://quarto.org/docs/get-started' >&2; exit 2; }

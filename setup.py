@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
-sys.path.insert(0, str(root))
+sys.path.insert(0, str(root/'tools'))
 from stubs import write_stubs
 ini = ConfigParser(delimiters='=', interpolation=None)
 ini.read(root/'settings.ini', encoding='utf-8')

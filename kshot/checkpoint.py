@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
-from .distributed import agree, gather, is_first, mean
-from .files import to_json, write_file
+from .base.distributed import agree, gather, is_first, mean
+from .base.files import to_json, write_file
 from .simplex import code_stats
 
 # %% ../nbs/52_checkpoint.ipynb #1022c885

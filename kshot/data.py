@@ -22,9 +22,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
-from .distributed import World
-from .folder import IMAGENET_STATS, FileLoader, check_batches, folder_splits, to_floats
-from .images import IMAGE_SETS, data_folder, read_images
+from .base.distributed import World
+from .datasets.folder import IMAGENET_STATS, FileLoader, check_batches, folder_splits, to_floats
+from .datasets.images import IMAGE_SETS, data_folder, read_images
 
 # %% ../nbs/45_data.ipynb #a9811730
 with warnings.catch_warnings():

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from torch import Tensor, fx, nn
-from .cells import DartsNet, NB101Net, NB201Net
-from .ops import Sliced, channels, conv_bn, make_op, pool_and_classify
-from .sharing import Channelled, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
+from .nets.cells import DartsNet, NB101Net, NB201Net
+from .nets.ops import Sliced, channels, conv_bn, make_op, pool_and_classify
+from .nets.sharing import Channelled, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
 from .space import Path, Space
 from .spaces import WIDE, get_space
 
@@ -67,7 +67,7 @@ class WidthChain(Chain):
 
 # %% ../nbs/15_networks.ipynb #d1bd6857
 def chain(
-    space:Space,                     # its op names are looked up in `kshot.ops`
+    space:Space,                     # its op names are looked up in `kshot.nets.ops`
     stem:nn.Module,                  # before the first block
     c_in:int,                        # channels behind the stem
     stages:list[tuple[int, int, int]], # rows of channels, number of blocks, stride of the first of them

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from . import networks
 from .networks import Op, Ops, block_sizes, check_path, op_modules, op_owner, reads
-from .sharing import redraw
+from .nets.sharing import redraw
 from .space import Path
 
 # %% ../nbs/20_supernet.ipynb #a76a83a4
@@ -265,7 +265,7 @@ def by_decay(self:Supernet) -> list[list[Tensor]]:
 # %% ../nbs/20_supernet.ipynb #697ed9c5
 @patch
 def merge(self:Supernet,
-    average:Callable[[list[Tensor]], object], # in place, over processes, such as `kshot.distributed.average_`
+    average:Callable[[list[Tensor]], object], # in place, over processes, such as `kshot.base.distributed.average_`
     also:Sequence[Tensor]=(), # what else is averaged in the same message
 ):
     "Average the gradients that were kept, and give them to the banks."

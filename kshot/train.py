@@ -20,9 +20,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
-from .distributed import agree, average_, average_stats, world
+from .base.distributed import agree, average_, average_stats, world
 from .sampler import UniformSampler, get_sampler
-from .sharing import drop_paths_of, set_drop_path
+from .nets.sharing import drop_paths_of, set_drop_path
 from .simplex import SimplexNet, UniformCode
 from .space import Path, Space
 from .supernet import Supernet
@@ -64,7 +64,7 @@ class SkipValidation(Callback):
     def before_validate(self): raise CancelValidException
 
 class DropPathCallback(Callback):
-    "Drop paths more and more often as training goes on, see `kshot.sharing.drop_paths`."
+    "Drop paths more and more often as training goes on, see `kshot.nets.sharing.drop_paths`."
     order = -6
     def before_fit(self): self.drops = drop_paths_of(self.model)
     def before_batch(self):
@@ -128,7 +128,7 @@ class KShotCallback(Callback):
 def before_fit(self:KShotCallback):
     "Begin clean, also after a fit that was interrupted in the middle of a step."
     if hasattr(self.learn, 'distributed_trainer'):
-        raise ValueError('distrib_ctx sends the gradients of all K supernets, expected a fit inside kshot.distributed.distributed()')
+        raise ValueError('distrib_ctx sends the gradients of all K supernets, expected a fit inside kshot.base.distributed.distributed()')
     self.model.requires_grad_(True)
     self.model.zero_grad()
     self.kept, self.still, self.model.waiting = [], [], [] if world().size > 1 else None

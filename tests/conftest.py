@@ -1,10 +1,11 @@
 "Marks and folders that all tests share"
-import os, shutil
+import os, shutil, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT/'tests'/'helpers'), str(ROOT/'tools')]
 MARKS = dict(slow='takes more than 20 s', cuda='needs a GPU') # the words of `tst_flags` in settings.ini
 
 def pytest_addoption(parser):
@@ -33,9 +34,9 @@ def copy_tree(
 ) -> Path:     # the same
     "A copy of the project's sources, for tests that write into it."
     dest.mkdir()
-    for name in 'settings.ini setup.py stubs.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml'.split(): shutil.copy2(ROOT/name, dest)
+    for name in 'settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml'.split(): shutil.copy2(ROOT/name, dest)
     skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs')
-    for name in 'kshot', 'nbs': shutil.copytree(ROOT/name, dest/name, symlinks=True, ignore=skip)
+    for name in 'kshot', 'nbs', 'tools': shutil.copytree(ROOT/name, dest/name, symlinks=True, ignore=skip)
     return dest
 
 @pytest.fixture(scope='session') # before a test's own fixtures change the environment

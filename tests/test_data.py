@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 
 from kshot.data import TensorLoader, crop_and_flip, get_data, image_splits, mean_std, move
-from kshot.images import IMAGE_SETS, find_images, load_images, read_images
+from kshot.datasets.images import IMAGE_SETS, find_images, load_images, read_images
 from processes import Fork, call
 
 N_PER_CLASS = {'train': 5, 'test': 2}
@@ -149,7 +149,7 @@ def test_real_cifar10(cifar10, cached):
     mean, std = mean_std(images['train'][0])
     assert np.allclose(mean, [.4914, .4822, .4465], atol=5e-5) and np.allclose(std, [.2470, .2435, .2616], atol=5e-5)
     assert len({o.tobytes() for x,_ in images.values() for o in x.numpy()}) == 60_000
-    with patch('kshot.images.decode_images', side_effect=AssertionError('decoded twice')): again, _ = read_images('cifar10', cifar10)
+    with patch('kshot.datasets.images.decode_images', side_effect=AssertionError('decoded twice')): again, _ = read_images('cifar10', cifar10)
     assert all(torch.equal(u, v) for k in images for u,v in zip(images[k], again[k]))
     assert len(os.listdir(cached/'images')) == 1
 
@@ -261,7 +261,7 @@ def test_nothing_readable(tmp_path):
 
 SPLIT = '''
 import hashlib, sys
-from kshot.folder import folder_splits
+from kshot.datasets.folder import folder_splits
 splits, classes = folder_splits(sys.argv[1], 11)
 print(hashlib.sha256(b''.join(o.names.tobytes() + o.y.numpy().tobytes() for o in splits.values())).hexdigest())
 '''

@@ -30,7 +30,7 @@ FIVE = FROZEN + '''
 import torch
 from torch import distributed as dist
 from kshot.config import Config, make_learner
-from kshot.distributed import distributed, world
+from kshot.base.distributed import distributed, world
 from kshot.checkpoint import save_tensors
 from fastai.callback.core import Callback
 fname, mode, sampler = sys.argv[1:]
@@ -75,7 +75,7 @@ SMALL = '--K 2 --epochs 4 --passes 10 --bs 200'.split()
 def runs(tmp_path_factory):
     "Folder of runs with one that two ranks have trained, `whole`"
     runs = tmp_path_factory.mktemp('runs')
-    p = torchrun(2, '-m', 'kshot.launch', 'train', '--runs', runs, '--name', 'whole', *SMALL)
+    p = torchrun(2, '-m', 'kshot.cli.launch', 'train', '--runs', runs, '--name', 'whole', *SMALL)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
     assert out.count('whole: epoch 4') == 1
@@ -84,12 +84,12 @@ def runs(tmp_path_factory):
 
 def children(p): return [int(c) for c in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]
 
-TRAIN = FROZEN + 'from kshot.launch import train; train(sys.argv[1:])'
+TRAIN = FROZEN + 'from kshot.cli.launch import train; train(sys.argv[1:])'
 
 @pytest.mark.parametrize('rank,again', [(1, 2), (0, 1)])
 def test_a_killed_rank_ends_the_job_and_resuming_repairs_it(runs, rank, again):
     name, whole = f'killed_{rank}', 'whole'
-    code, begin = command('train'), ['-m', 'kshot.launch', 'train']
+    code, begin = command('train'), ['-m', 'kshot.cli.launch', 'train']
     if again == 1: # one process has other batches than two, and only without statistics of a batch is the result the same
         code, begin, whole = TRAIN, ['-c', TRAIN], 'whole_frozen'
         end, _, err = call_ranks(2, code, '--runs', runs, '--name', whole, *SMALL)
@@ -100,7 +100,7 @@ def test_a_killed_rank_ends_the_job_and_resuming_repairs_it(runs, rank, again):
     _, err = p.communicate(timeout=60)
     other = f'kshot_train (rank {1-rank}): rank {1-rank} of 2'
     assert p.returncode and any(l.startswith((f'{other} has lost another process', f'{other} was told to stop')) for l in err.splitlines()), err
-    assert f'to go on: as before, -m kshot.launch train --name {name} --runs {runs} --resume' in err
+    assert f'to go on: as before, -m kshot.cli.launch train --name {name} --runs {runs} --resume' in err
     assert not (runs/name/'checkpoint/epoch_00004.safetensors').exists()
     end, _, err = call_ranks(again, code, '--runs', runs, '--name', name, '--resume')
     assert end == 0, err
@@ -129,7 +129,7 @@ import os, sys
 from kshot import config
 plain = config.get_sampler
 config.get_sampler = lambda name, space, seed, **kw: plain(name, space, seed + int(os.environ['RANK']), **kw)
-from kshot.launch import train
+from kshot.cli.launch import train
 train(['--runs', {str(tmp_path)!r}, *{SMALL!r}])
 '''
     code, out, err = call_ranks(2, text)
@@ -139,7 +139,7 @@ train(['--runs', {str(tmp_path)!r}, *{SMALL!r}])
 def test_ranks_that_are_asked_for_different_things_stop(tmp_path):
     text = f'''
 import os
-from kshot.launch import train
+from kshot.cli.launch import train
 train(['--runs', {str(tmp_path)!r}, '--seed', os.environ['RANK'], *{SMALL!r}])
 '''
     code, out, err = call_ranks(2, text)
@@ -149,7 +149,7 @@ TRACKED = '''
 import torch
 from fastai.callback.core import Callback
 from kshot.config import Config, make_learner
-from kshot.distributed import distributed, gather
+from kshot.base.distributed import distributed, gather
 with distributed(timeout=60) as shard:
     learn = make_learner(Config(passes=2, bs=160, track_bn=True), shard)
     means = lambda: torch.cat([m.running_mean for m in learn.model.modules() if getattr(m, 'running_mean', None) is not None])
@@ -173,7 +173,7 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path):
 
 def test_accelerate_starts_as_many_as_were_asked_for(tmp_path):
     accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
-    argv = ['-m', 'kshot.launch', 'train', '--runs', str(tmp_path), *SMALL]
+    argv = ['-m', 'kshot.cli.launch', 'train', '--runs', str(tmp_path), *SMALL]
     done = subprocess.run([*accelerate, '--cpu', *argv], capture_output=True, text=True, env=ENV)
     assert done.returncode and 'kshot_train: 1 process started, expected 2 as asked of the launcher' in done.stderr and not list(tmp_path.rglob('*'))
     done = subprocess.run([*accelerate, '--multi_gpu', *argv], capture_output=True, text=True, env=ENV | dict(ACCELERATE_USE_CPU='true'))
@@ -190,4 +190,4 @@ learn = make_learner(Config(K=2, passes=1))
 with learn.distrib_ctx(cpu=True), learn.no_bar(), learn.no_logging(): learn.fit(1)
 '''
     code, out, err = call_ranks(2, text)
-    assert code and 'expected a fit inside kshot.distributed.distributed()' in err
+    assert code and 'expected a fit inside kshot.base.distributed.distributed()' in err

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from kshot import doctor
-from kshot.doctor import examine, look_data, look_devices, look_folders, look_lab, look_tools, needed
+from kshot.cli.doctor import examine, look_data, look_devices, look_folders, look_lab, look_tools, needed
 
 def ask(tmp_path, broken={}):
     "Exit code and findings by name, beside packages that are broken."
     for name,code in broken.items(): (tmp_path/name).mkdir(); (tmp_path/name/'__init__.py').write_text(code)
     env = dict(os.environ, PYTHONPATH=str(tmp_path), KSHOT_HOME=str(tmp_path/'home'))
-    code = 'from kshot.doctor import doctor; doctor(["--json"])'
+    code = 'from kshot.cli.doctor import doctor; doctor(["--json"])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
     assert 'Traceback' not in done.stderr, done.stderr
     told = json.loads(done.stdout)

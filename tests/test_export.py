@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist, nn
 
 from kshot.data import digits_data, digits_splits
-from kshot.distributed import world
+from kshot.base.distributed import world
 from kshot.evaluate import accuracy_loss
 from kshot.export import load_subnet, save_subnet, to_onnx, to_torch_export
 from kshot.networks import NETS, X_SHAPES, get_net, subnet

@@ -13,14 +13,24 @@ from nbdev.doclinks import nbglob
 
 NBS, LIB = ROOT/'nbs', ROOT/'kshot'
 MAX_LINES, MEDIAN_LINES, MAX_WIDTH = 45, 18, 140 # lines of an export cell, characters of a line
-ROOMS = {p.stem.partition('_')[2]: p for p in sorted(NBS.glob('[0-9]*.ipynb'))} # module -> its notebook
-NUMBER = {name: p.stem.partition('_')[0] for name,p in ROOMS.items()}
+INDEX = 'figures.__init__' # names from other rooms, none of its own
+def dotted(path): return '.'.join((*path.parent.parts, path.stem))
+def room_of(fname): # of a notebook: its module
+    parts = fname.relative_to(NBS).with_suffix('').parts
+    return '.'.join([*parts[:-1], parts[-1].partition('_')[2]])
+ROOMS = {room_of(p): p for p in sorted(NBS.rglob('[0-9]*.ipynb'))} # module -> its notebook
+ROOMS[INDEX] = ROOMS.pop('figures.index')
+# where a wing stands among the flat rooms: what is on its left it may import
+WINGS = dict(base=(), nets=(10,), datasets=(12,), figures=(91,), lab=(92,), cli=(93,), studies=(94,))
+PLACE = {room: (*WINGS.get(room.split('.')[0] if '.' in room else '', ()), int(p.stem.split('_')[0])) for room,p in ROOMS.items()}
+PLACE |= {room: (-1, *place) for room,place in PLACE.items() if room.startswith('base.')}
 PAGES = sorted(p for p in NBS.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(NBS).parts))
-MODULES = sorted(p for p in LIB.glob('*.py') if p.name[0] != '_')
+MODULES = sorted(p for p in LIB.rglob('*.py') if p.name[0] != '_')
+def module_of(fname): return dotted(fname.relative_to(LIB))
 
 nb_name = lambda p: str(p.relative_to(NBS))
 each_room = pytest.mark.parametrize('room', ROOMS)
-each_module = pytest.mark.parametrize('module', MODULES, ids=lambda p: p.stem)
+each_module = pytest.mark.parametrize('module', MODULES, ids=module_of)
 
 def cells(
     fname:Path,      # notebook

@@ -8,8 +8,8 @@ from torch import nn
 from kshot.cost import Cost
 from kshot.evaluate import accuracy_loss
 from kshot.export import load_subnet
-from kshot.folder import FileLoader, folder_splits
-from kshot.launch import search, train
+from kshot.datasets.folder import FileLoader, folder_splits
+from kshot.cli.launch import search, train
 from kshot.networks import get_net
 from kshot.simplex import SimplexNet, width_settings
 from kshot.spaces import get_space

@@ -10,7 +10,7 @@ from conftest import ROOT, copy_tree
 CFG = ConfigParser(delimiters='=', interpolation=None)
 CFG.read(ROOT/'settings.ini')
 CFG = CFG['DEFAULT']
-MODULES = sorted(p.stem for p in (ROOT/'kshot').glob('*.py') if p.name[0] != '_')
+MODULES = sorted('.'.join(p.relative_to(ROOT/'kshot').with_suffix('').parts) for p in (ROOT/'kshot').rglob('*.py') if p.name[0] != '_')
 SCRIPTS = dict(o.split('=') for o in CFG['console_scripts'].split())
 REQUIREMENTS = CFG['requirements'].split()
 LIGHT = dict(space=['torch', 'pandas'], spaces=['torch', 'pandas'], rank=['torch'], search=['torch'], networks=['fastai'], supernet=['fastai'],
@@ -49,12 +49,12 @@ def dist(tmp_path_factory):
 def test_wheel_is_complete(dist):
     with zipfile.ZipFile(*dist.glob('*.whl')) as z: names = {n for n in z.namelist() if '.dist-info/' not in n}
     files = [p for p in (ROOT/'kshot').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-    stubs = {f'kshot/{m}.pyi' for m in MODULES} # made while it is built
+    stubs = {f'kshot/{m.replace(".", "/")}.pyi' for m in MODULES} # made while it is built
     assert names == {p.relative_to(ROOT).as_posix() for p in files} | stubs and 'kshot/py.typed' in names
 
 def test_sdist_builds_by_itself(dist):
     with tarfile.open(*dist.glob('*.tar.gz')) as t: names = {n.partition('/')[2] for n in t.getnames()}
-    assert {'setup.py', 'stubs.py', 'settings.ini', 'README.md', 'LICENSE', 'CHANGELOG.md'} <= names
+    assert {'setup.py', 'tools/stubs.py', 'settings.ini', 'README.md', 'LICENSE', 'CHANGELOG.md'} <= names
 
 def test_metadata(dist):
     with zipfile.ZipFile(*dist.glob('*.whl')) as z:
@@ -144,7 +144,7 @@ def measured(dist:Path, python:Path, cwd:Path) -> dict:
     site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
     kb = lambda pattern: round(next(dist.glob(pattern)).stat().st_size/1e3)
     heavy = 'torch', 'torchgen', 'functorch', 'triton', 'nvidia', 'cuda*', 'nvidia_*'
-    imports = {m: seconds(python, m, cwd) for m in ('kshot.space', 'kshot.supernet', 'kshot.train', 'kshot.launch')}
+    imports = {m: seconds(python, m, cwd) for m in ('kshot.space', 'kshot.supernet', 'kshot.train', 'kshot.cli.launch')}
     return dict(wheel_kB=kb('*.whl'), sdist_kB=kb('*.tar.gz'), installed_MB=size(site), of_it_torch_and_cuda_MB=size(site, heavy), imports=imports)
 
 @pytest.mark.slow

@@ -8,16 +8,16 @@ import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest, 
 from hypothesis import given, settings, strategies as st
 from kshot.checkpoint import load_tensors
 from kshot.config import CODES, Config, check_config, space_of
-from kshot.grid import Row, split_settings
-from kshot.images import read_part
+from kshot.studies.grid import Row, split_settings
+from kshot.datasets.images import read_part
 from kshot.networks import digits_net
 from kshot.nb101 import EDGES
 from kshot.runs import read_run
 from kshot.spaces import SPACES, get_space
-from kshot.study import study_rows
+from kshot.studies.study import study_rows
 from kshot.supernet import Supernet, check_code
 from kshot.tables import end_with_parent, read_table
-from kshot.unpickle import load_plain
+from kshot.datasets.unpickle import load_plain
 
 HERE, N = Path(__file__).parent, Counter()
 def examples(n): return settings(max_examples=n, derandomize=True, deadline=None, database=None)
@@ -251,7 +251,7 @@ WATCH = """
 import json, os, site, sys, sysconfig
 from pathlib import Path
 work, home = Path(sys.argv[1]), Path(sys.argv[2])
-import kshot.launch, kshot.study, torch
+import kshot.cli.launch, kshot.studies.study, torch
 torch.set_num_threads(1)
 libraries = tuple({str(Path(p).resolve()) for p in (*site.getsitepackages(), *sysconfig.get_paths().values(), Path(kshot.__file__).parent, sys.base_prefix)})
 bad, allowed, inside = [], (str(work), str(home), '/dev/null', '/dev/shm/'), [True]
@@ -271,7 +271,7 @@ def hook(event, args):
 sys.addaudithook(hook)
 codes = []
 for command,*argv in json.loads(sys.argv[3]):
-    f = kshot.study.study if command == 'study' else getattr(kshot.launch, command)
+    f = kshot.studies.study.study if command == 'study' else getattr(kshot.cli.launch, command)
     try: f(argv); codes.append(0)
     except SystemExit as e: codes.append(e.code)
 inside[0] = False

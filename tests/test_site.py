@@ -19,7 +19,7 @@ CFG = yaml.safe_load((ROOT/'_quarto.yml').read_text())
 SETTINGS = ConfigParser(delimiters='=', interpolation=None)
 SETTINGS.read(ROOT/'settings.ini')
 SCRIPTS = dict(o.split('=') for o in SETTINGS['DEFAULT']['console_scripts'].split())
-SPEAKS = ('kshot_', 'kshot.launch') # a command is one of ours
+SPEAKS = ('kshot_', 'kshot.cli.launch') # a command is one of ours
 LINK, CODE = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)'), re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
 FENCE = re.compile(r'^( *)(```+)(\w*)[^\n]*\n(.*?)^ *\2 *$', re.M|re.S)
 
@@ -148,7 +148,7 @@ def commands() -> list[tuple[str, str, list[str]]]: # page, command of the packa
             for part in re.split(r'[;|&]+', line):
                 words = shlex.split(part, comments=True)
                 for i,w in enumerate(words):
-                    if w == 'kshot.launch' and words[i-1] == '-m': out.append((name(p), f'kshot_{words[i+1]}', words[i+2:])); break
+                    if w == 'kshot.cli.launch' and words[i-1] == '-m': out.append((name(p), f'kshot_{words[i+1]}', words[i+2:])); break
                     if re.fullmatch(r'kshot_\w+', w): out.append((name(p), w, words[i+1:])); break
     return out
 

@@ -4,8 +4,8 @@ import json, os, signal
 import pandas as pd
 import pytest
 
-from kshot.grid import make_rows
-from kshot.study import queue, run_row
+from kshot.studies.grid import make_rows
+from kshot.studies.study import queue, run_row
 from processes import Fork, command
 
 TOML = """

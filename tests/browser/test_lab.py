@@ -119,7 +119,7 @@ def notebook(lab, chromium):
 
 EXPLORER = '''
 import torch
-from kshot.explore import CodeExplorer
+from kshot.lab.explore import CodeExplorer
 from kshot.simplex import SimplexNet
 from kshot.spaces import get_space
 torch.manual_seed(0)
@@ -176,7 +176,7 @@ def test_restarted_kernel_is_told(lab, notebook):
 
 TRAINING = '''
 from kshot.data import digits_data
-from kshot.live import LiveCallback
+from kshot.lab.live import LiveCallback
 from kshot.networks import digits_net
 from kshot.spaces import get_space
 from kshot.train import cosine, kshot_learner
@@ -204,7 +204,7 @@ def test_views_closed_while_training(lab, notebook):
 def test_a_page_that_spoke_too_early(lab, notebook):
     "What it said before there was a subshell waits for the end of the cell; it says it again."
     write_notebook(lab.root/'early.ipynb', '''
-from kshot.widgets import Window
+from kshot.lab.widgets import Window
 window, heard = Window(), []
 window.observe(lambda change: heard.append(change.new), 'width')
 display(window)
@@ -309,7 +309,7 @@ def test_quickstart(lab, notebook):
 
 SEARCH = '''
 import threading
-from kshot.live import LiveSearch
+from kshot.lab.live import LiveSearch
 from kshot.search import Search
 from kshot.space import Block, Space
 space, tick = Space('toy', tuple(Block(f'b{l}', tuple('0123')) for l in range(4))), threading.Event()
