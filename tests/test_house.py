@@ -25,7 +25,7 @@ WINGS = dict(base=(), nets=(10,), datasets=(12,), figures=(91,), lab=(92,), cli=
 PLACE = {room: (*WINGS.get(room.split('.')[0] if '.' in room else '', ()), int(p.stem.split('_')[0])) for room,p in ROOMS.items()}
 PLACE |= {room: (-1, *place) for room,place in PLACE.items() if room.startswith('base.')}
 PAGES = sorted(p for p in NBS.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(NBS).parts))
-MODULES = sorted(p for p in LIB.rglob('*.py') if p.name[0] != '_')
+MODULES = sorted([LIB/'figures'/'__init__.py', *(p for p in LIB.rglob('*.py') if p.name[0] != '_')])
 def module_of(fname): return dotted(fname.relative_to(LIB))
 
 nb_name = lambda p: str(p.relative_to(NBS))
@@ -60,18 +60,22 @@ def imports(
     for n in ast.walk(tree):
         if isinstance(n, ast.Import): names = [a.name for a in n.names]
         elif isinstance(n, ast.ImportFrom):
-            base = 'kshot.' * bool(n.level) + (n.module or '')
-            names = [f'{base.rstrip(".")}.{a.name}' for a in n.names] if base.rstrip('.') == 'kshot' else [base]
+            base = ['kshot', *fname.relative_to(LIB).parent.parts][:1 - n.level or None] if n.level else []
+            base = '.'.join([*base, *filter(None, [n.module])])
+            names = [base, *(f'{base}.{a.name}' for a in n.names)]
         else: continue
-        out |= {o.split('.')[1] for o in names if o.startswith('kshot.')}
-    return out - {'__version__'}
+        out |= {o.removeprefix('kshot.') for o in names}
+    return out & {*ROOMS}
 
 def test_a_room_for_every_module():
-    assert sorted(ROOMS) == [m.stem for m in MODULES]
-    assert Counter(NUMBER.values()).most_common(1)[0][1] == 1, 'two rooms have one number'
+    assert sorted(ROOMS) == sorted(map(module_of, MODULES))
+    assert Counter(PLACE.values()).most_common(1)[0][1] == 1, 'two rooms have one number'
 
 def test_only_modules_and_data_in_the_package():
-    assert {p.name for p in LIB.iterdir()} - {'__pycache__', 'benchmarks'} == {'__init__.py', '_modidx.py', 'py.typed'} | {m.name for m in MODULES}
+    found = {p.relative_to(LIB) for p in LIB.rglob('*') if p.is_file() and not {'__pycache__', 'benchmarks'} & {*p.parts}}
+    inits = {Path(wing, '__init__.py') for wing in ('', *WINGS)}
+    assert found == {Path('_modidx.py'), Path('py.typed')} | inits | {m.relative_to(LIB) for m in MODULES}
+    for init in inits - {Path('__init__.py'), Path('figures/__init__.py')}: assert not (LIB/init).read_text().strip()
     init = ast.parse((LIB/'__init__.py').read_text())
     assert [t.id for n in init.body for t in n.targets] == ['__version__']
 
@@ -85,8 +89,9 @@ def test_notebook_begins_as_all_do(room):
 
 @each_module
 def test_imports_go_down(module):
-    up = sorted(o for o in imports(module) if NUMBER[o] >= NUMBER[module.stem])
-    assert not up, f'{module.stem} ({NUMBER[module.stem]}) imports {up}'
+    name = module_of(module)
+    up = sorted(o for o in imports(module) if PLACE[o] >= PLACE[name])
+    assert not up, f'{name} {PLACE[name]} imports {up}'
 
 @each_module
 def test_no_star_import(module):
@@ -103,7 +108,7 @@ MAX_ROOM = 400 # exported lines of a room
 LONG_ROOMS = {} # room -> why it has more
 PAST = dict(arch='path', archs='paths', genotype='path', cand='op', cands='ops', flops='macs', n_flops='macs', num_params='n_params', ckpt='checkpoint',
             filename='fname', filepath='fname', cfg='config', val_acc='acc_valid', test_acc='acc_alone') # word that is not used -> the one that is
-FOREIGN = dict(spaces={'genotype'}, importers={*PAST}, runs={'arch'}) # benchmarks in their own words; the architecture of a machine
+FOREIGN = {'spaces': {'genotype'}, 'datasets.importers': {*PAST}, 'runs': {'arch'}} # benchmarks in their own words; the architecture of a machine
 IS_TEST = lambda c: not {'export', 'exporti', 'exports'} & set(directives(c))
 
 def test_rooms_are_not_long():
@@ -124,7 +129,8 @@ def definitions(
         for name in names: out.setdefault(name, []).append(n)
     return out
 
-def public(defined:dict) -> list[str]: return ast.literal_eval(defined['__all__'][0].value)
+def public(defined:dict) -> list[str]: # an index only names what other rooms define
+    return [name for name in ast.literal_eval(defined['__all__'][0].value) if name in defined]
 
 @each_module
 def test_public_names_are_documented(module):
@@ -149,16 +155,16 @@ def uses() -> tuple[set, dict]:
     tests = words('\n'.join([c for p in ROOMS.values() for c in cells(p) if IS_TEST(c)]+[p.read_text() for p in (ROOT/'tests').rglob('test_*.py')]))
     texts = {str(p): words('\n'.join(cells(p))) for p in PAGES if p not in ROOMS.values()}
     texts |= {f: words((ROOT/f).read_text(encoding='utf-8')) for f in ('README.md', 'settings.ini')} | {'tests': tests}
-    for m in MODULES: texts |= {f'{m.stem}.{k}': words('\n'.join(map(ast.unparse, ns))) for k,ns in definitions(m).items() if k != '__all__'}
-    names = {(m.stem, name) for m in MODULES for name in public(definitions(m))}
-    return tests, {(m, name): {k for k,ws in texts.items() if name in ws and k != f'{m}.{name}'} for m,name in names}
+    for m in MODULES: texts |= {f'{module_of(m)}:{k}': words('\n'.join(map(ast.unparse, ns))) for k,ns in definitions(m).items() if k != '__all__'}
+    names = {(module_of(m), name) for m in MODULES for name in public(definitions(m))}
+    return tests, {(m, name): {k for k,ws in texts.items() if name in ws and k != f'{m}:{name}'} for m,name in names}
 
 @each_module
 def test_public_names_are_used_and_tested(module):
     (tests, found), names = uses(), public(definitions(module))
-    by_test = lambda where: where == 'tests' or where.partition('.')[2] in tests # itself, or one step away
-    assert not [n for n in names if not found[module.stem, n]], 'nobody uses them'
-    untested = [n for n in names if not any(map(by_test, found[module.stem, n])) and not isinstance(definitions(module)[n][0], ast.Assign)]
+    by_test = lambda where: where == 'tests' or where.partition(':')[2] in tests # itself, or one step away
+    assert not [n for n in names if not found[module_of(module), n]], 'nobody uses them'
+    untested = [n for n in names if not any(map(by_test, found[module_of(module), n])) and not isinstance(definitions(module)[n][0], ast.Assign)]
     assert not untested, 'no test names them, nor what uses them'
 
 @each_room
@@ -191,14 +197,17 @@ def test_sidebar_names_every_notebook_in_order():
     assert sorted(named) == sorted(map(nb_name, PAGES))
     rooms = [f for f in named if f[0].isdigit()]
     assert rooms == sorted(rooms)
+    for wing in WINGS:
+        rooms = [f for f in named if f.startswith(f'{wing}/')]
+        assert rooms == sorted(rooms)
 
 def test_export_is_in_sync(tmp_path):
     tree = copy_tree(tmp_path/'tree')
-    for p in (tree/'kshot').glob('*.py'):
+    for p in (tree/'kshot').rglob('*.py'):
         if p.name != '__init__.py': p.unlink()
     env = {k:v for k,v in os.environ.items() if k != 'IN_TEST'} # with it nbdev_export does nothing
     subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=tree, env=env, check=True)
-    text = lambda root: {p.name: p.read_text(encoding='utf-8') for p in (root/'kshot').glob('*.py')}
+    text = lambda root: {p.relative_to(root): p.read_text(encoding='utf-8') for p in (root/'kshot').rglob('*.py')}
     stale = {n for n,_ in text(tree).items() ^ text(ROOT).items()}
     assert not stale, 'run `nbdev_export`'
 

@@ -12,4 +12,5 @@ from .runs import plot_live, plot_pareto, plot_training
 from .ranking import plot_accuracy, plot_protocol, plot_rank, plot_shares, plot_top_tau
 
 # %% ../../nbs/figures/70_index.ipynb #f1a00005
-_all_ = ['draw_path', 'plot_accuracy', 'plot_code', 'plot_codes', 'plot_codes_by_op', 'plot_live', 'plot_pareto', 'plot_protocol', 'plot_rank', 'plot_shares', 'plot_top_tau', 'plot_training']
+_all_ = ['draw_path', 'plot_accuracy', 'plot_code', 'plot_codes', 'plot_codes_by_op', 'plot_live',
+         'plot_pareto', 'plot_protocol', 'plot_rank', 'plot_shares', 'plot_top_tau', 'plot_training']

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from fastcore.basics import patch
 from ..figures.look import OKABE_ITO, finite, joined, label_of
 from ..figures.page import table_html
-from ..figures.ranking import (DISTRIBUTIONS, accuracy_rows, cost_bins, op_at, op_shares, path_array, plot_accuracy, plot_protocol, plot_rank,
+from ..figures.ranking import (DISTRIBUTIONS, accuracy_rows, cost_bins, op_at, op_shares, path_array,
+                                   plot_accuracy, plot_protocol, plot_rank,
                          plot_shares, plot_top_tau)
 from ..rank import align_scores, kendall_tau, rank_scores, scorers_of, top_tau
 from ..space import Space
