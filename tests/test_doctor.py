@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kshot import doctor
+from kshot.cli import doctor
 from kshot.cli.doctor import examine, look_data, look_devices, look_folders, look_lab, look_tools, needed
 
 def ask(tmp_path, broken={}):

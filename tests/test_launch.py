@@ -3,9 +3,10 @@ import hashlib, json, os, re, resource, shlex, signal, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
 import processes, pytest
-from kshot import bench, doctor, launch, study
 from kshot.checkpoint import load_newest
+from kshot.cli import bench, doctor, launch
 from kshot.config import Config, check_config, space_of
+from kshot.studies import study
 from processes import Fork, command
 
 QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()

@@ -145,5 +145,5 @@ def later(
     return main
 
 _names = 'train', 'rank', 'search', 'retrain', 'export', 'tables', 'demo'
-train, rank, search, retrain, export, tables, demo = (later('launch', name) for name in _names)
-study, bench, doctor = (later(name, name) for name in ('study', 'bench', 'doctor'))
+train, rank, search, retrain, export, tables, demo = (later('cli.launch', name) for name in _names)
+study, bench, doctor = later('studies.study', 'study'), later('cli.bench', 'bench'), later('cli.doctor', 'doctor')
