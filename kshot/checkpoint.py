@@ -160,7 +160,7 @@ def _check_losses(self:CheckpointCallback):
 @patch
 def _check_accuracy(self:CheckpointCallback, acc:float):
     "`ValueError` if the accuracy of the panel is back at chance; tracked statistics are no sign of it."
-    if self.learn.model.track: return
+    if self.learn.model.track_bn: return
     best, n = max((r['acc_valid'] for r in self.log), default=0.), sum(gather(self.n_valid))
     if is_at_chance(acc, best, self.dls.c, n): self._stop('', f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
 

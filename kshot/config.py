@@ -207,8 +207,8 @@ def make_learner(
     codes = codes_of(config)
     tell_apart = lambda codes, paths: config.width_weight*width_discrimination(codes, space, paths)
     learn = kshot_learner(net, space, dls, config.K, codes, _sampler(config, space, cost), wd=config.wd, even_step=config.even_step,
-                          apart=config.apart, bf16=config.bf16 and dls.device.type == 'cuda', track=config.track_bn, mode=config.mode,
-                          lr=config.lr_codes, warmup=config.warmup, regularise=tell_apart if config.widths and config.K > 1 else None)
+                          apart=config.apart, bf16=config.bf16 and dls.device.type == 'cuda', track_bn=config.track_bn, mode=config.mode,
+                          lr_codes=config.lr_codes, warmup=config.warmup, regularise=tell_apart if config.widths and config.K > 1 else None)
     if config.drop_path: learn.add_cb(DropPathCallback())
     if config.sampler == 'greedy': learn.k_shot.sampler.score = partial(quick_losses, learn, shard)
     return learn

@@ -49,7 +49,7 @@ def recalibrate_bn(
     stats = fresh_stats(supernet, path)
     counts = {n: stats.pop(n) for n in list(stats) if n.endswith('num_batches_tracked')}
     norms = [supernet.net.get_submodule(n.rpartition('.')[0]) for n in counts]
-    lent = stats | ({n: c.clone() for n,c in counts.items()} if supernet.track else {}) # else it would count with its own
+    lent = stats | ({n: c.clone() for n,c in counts.items()} if supernet.track_bn else {}) # else it would count with its own
     with evaluating(supernet): # everything but batch norm is as in evaluation
         _average(norms, [x for x,_ in batches], lambda x: supernet.run_with(x, path, weights, lent))
     if is_shared: average_(list(stats.values()), len(batches))
@@ -112,7 +112,7 @@ def _advance(supernet:Supernet, name:str, lent:tuple, cal:list|None, xs:list) ->
     weights, stats = lent
     module, n_lead, mine = supernet.net.get_submodule(name), len(name)+1, lambda n: n == name or n.startswith(f'{name}.')
     w = {n[n_lead:]: t for n,t in weights.items() if mine(n)} | {n[n_lead:]: t.clone() for n,t in stats.items() if mine(n)}
-    norms, run = [supernet.net.get_submodule(n) for n in supernet._bn if mine(n)], lambda x: functional_call(module, w, (x,))
+    norms, run = [supernet.net.get_submodule(n) for n in supernet.norms if mine(n)], lambda x: functional_call(module, w, (x,))
     return (_average(norms, cal, run) if cal else None), [run(x) for x in xs]
 
 # %% ../nbs/58_evaluate.ipynb #ebc16e69
@@ -130,7 +130,7 @@ def score_chain(
     for o in range(max(sizes)):
         p = tuple(min(o, n-1) for n in sizes)
         weights |= supernet.weights([p], next(supernet.parameters()).new_ones(1, 1))[0]
-        if calibration: stats |= {n: t for n,t in fresh_stats(supernet, p).items() if supernet.track or not n.endswith('_tracked')}
+        if calibration: stats |= {n: t for n,t in fresh_stats(supernet, p).items() if supernet.track_bn or not n.endswith('_tracked')}
     images, advance = lambda batches: batches and [x for x,_ in batches], lambda name, *xs: _advance(supernet, name, (weights, stats), *xs)
     def walk(paths, l, cal, xs):
         if l == len(sizes):

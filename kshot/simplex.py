@@ -63,8 +63,8 @@ class VertexCode(nn.Module):
         super().__init__()
         self.K, self.block = K, block
         self.register_buffer('vertices', torch.eye(K), persistent=False)
-    def reads(self, path:Path) -> int: return path[self.block] % self.K # the supernet that has this path
-    def forward(self, paths:list[Path]) -> Tensor: return self.vertices[[self.reads(p) for p in paths]]
+    def supernet_of(self, path:Path) -> int: return path[self.block] % self.K # the supernet that has this path
+    def forward(self, paths:list[Path]) -> Tensor: return self.vertices[[self.supernet_of(p) for p in paths]]
 
 class FreeCode(nn.Module):
     "A code of its own for every path, uniform at the start."

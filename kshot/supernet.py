@@ -84,12 +84,12 @@ class Supernet(nn.Module):
         even_step:bool=True, # move the mixed weights as far as one-shot's, wherever the code is?
         apart:float=1., # how far from the given network the supernets start, in units of independent draws
         bf16:bool=False, # compute in bfloat16, where it is safe? Weights and their mixing stay in float32
-        track:bool=False, # let batch norms track statistics over all paths, and use them in evaluation?
+        track_bn:bool=False, # let batch norms track statistics over all paths, and use them in evaluation?
         redraw:Callable[[nn.Module], nn.Module]=redraw, # draws the parameters of a copy anew
     ):
         super().__init__()
         if K < 1: raise ValueError(f'K={K}, expected at least 1')
-        self.K, self.even_step, self.bf16, self.track, self.ops = K, even_step, bf16, track, op_modules(net, ops)
+        self.K, self.even_step, self.bf16, self.track_bn, self.ops = K, even_step, bf16, track_bn, op_modules(net, ops)
         self.sizes = block_sizes(net, self.ops)
         (self.slots, self.banks_of), self.banks = _slots(net, self.ops), nn.ParameterDict()
         draws = [net] + [redraw(copy.deepcopy(net)) for _ in range(K-1)]
@@ -97,7 +97,7 @@ class Supernet(nn.Module):
         for key,slots in self.slots.items():
             W = torch.stack([torch.cat([_flat(r[s.names[0]].detach()) for s in slots]) for r in rows])
             self.banks[key] = W[0] + apart*(W - W.mean(0)) # the centre of the simplex is the network that was given
-        self.net, self._bn = _strip(copy.deepcopy(net), track)
+        self.net, self.norms = _strip(copy.deepcopy(net), track_bn)
         self.waiting = None # a list: there gradients wait for `merge`
 
 # %% ../nbs/20_supernet.ipynb #2baf2e62
@@ -118,12 +118,12 @@ def _slots(net:nn.Module, ops:dict) -> tuple[dict[str, list[Slot]], dict[Op|None
             banks_of.setdefault(op, {})[key] = blocks.copy().pop() if len(blocks) == 1 else None
     return slots, banks_of
 
-def _strip(net:nn.Module, track:bool) -> tuple[nn.Module, dict]:
+def _strip(net:nn.Module, track_bn:bool) -> tuple[nn.Module, dict]:
     "The network without parameters and batch-norm statistics, unless it tracks them; the momentum of each batch norm that had some."
     momentum = {n: m.momentum for n,m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     for n,m in net.named_modules():
         for p in m._parameters: m._parameters[p] = None
-        if n in momentum and not track: m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
+        if n in momentum and not track_bn: m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
     return net, momentum
 
 # %% ../nbs/20_supernet.ipynb #13da3772
@@ -142,8 +142,10 @@ def check_code(
 
 # %% ../nbs/20_supernet.ipynb #454034bb
 @patch
-def _keys(self:Supernet, path:Path) -> list[tuple[int|None, str]]:
-    "Block and key of each bank that a path reads."
+def bank_keys(self:Supernet,
+    path:Path, # op index per block
+) -> list[tuple[int|None, str]]: # block whose code mixes the bank (None: the mean code), key in `banks`
+    "Return the keys of the banks that a path reads."
     ops = [None, *((l,o) for l,o,*_ in reads(self.net, path))]
     return list(dict.fromkeys((l,key) for op in ops for key,l in self.banks_of.get(op, {}).items()))
 
@@ -161,7 +163,7 @@ def weights(self:Supernet,
     for i,p in enumerate(paths):
         check_path(p, self.sizes)
         check_code(codes[i], self.K, len(self.sizes))
-        for lk in self._keys(p): users.setdefault(lk, []).append(i)
+        for lk in self.bank_keys(p): users.setdefault(lk, []).append(i)
     out = [{} for _ in paths]
     for (l,key),ids in users.items():
         c = codes if len(ids) == len(paths) else codes[ids]
@@ -226,7 +228,7 @@ def fresh_stats(
     "Batch-norm statistics of a path before any batch was seen."
     owner, mine = op_owner(supernet.ops), {None, *(op[:2] for op in map(tuple, reads(supernet.net, path)))}
     out = {}
-    for n in supernet._bn:
+    for n in supernet.norms:
         if owner(n) not in mine: continue
         c, like = supernet.net.get_submodule(n).num_features, next(iter(supernet.banks.values()))
         out.update({f'{n}.running_mean': like.new_zeros(c), f'{n}.running_var': like.new_ones(c),
@@ -248,12 +250,12 @@ def subnet(self:Supernet,
     for name,t in self.weights([path], code[None])[0].items():
         m,leaf = place(name)
         m._parameters[leaf] = params.setdefault(id(t), nn.Parameter(t.detach().clone()))
-    for name,t in {**({} if self.track else fresh_stats(self, path)), **(stats or {})}.items():
+    for name,t in {**({} if self.track_bn else fresh_stats(self, path)), **(stats or {})}.items():
         m,leaf = place(name)
         m._buffers[leaf] = t.clone()
     for m in net.modules():
         if isinstance(m, nn.RNNBase): m._init_flat_weights()
-    for name,momentum in self._bn.items(): net.get_submodule(name).momentum = momentum
+    for name,momentum in self.norms.items(): net.get_submodule(name).momentum = momentum
     return networks.subnet(net, path)
 
 # %% ../nbs/20_supernet.ipynb #04c4c949

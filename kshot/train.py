@@ -101,7 +101,7 @@ class KShotCallback(Callback):
         codes:nn.Module,     # paths -> `(N, K)` codes, see `kshot.simplex`
         sampler:UniformSampler, # called once a step with the share of training that is done: its paths
         mode:str='joint',    # 'joint' or 'alternate'
-        lr:float=1e-3,       # of the code module (Adam)
+        lr_codes:float=1e-3, # of the code module (Adam)
         n_paths:int=16,      # paths a simplex step (paper: bs = 16)
         warmup:float=.1,     # share of training with uniform codes
         regularise:Callable|None=None, # `regularise(codes, paths)`: a scalar that is added to the simplex loss
@@ -109,7 +109,7 @@ class KShotCallback(Callback):
         if mode not in ('joint', 'alternate'): raise ValueError(f"mode {mode!r}, expected 'joint' or 'alternate'")
         store_attr()
         self.learns = any(p.requires_grad for p in codes.parameters())
-        self.opt_codes = torch.optim.Adam(codes.parameters(), lr=lr) if self.learns else None
+        self.opt_codes = torch.optim.Adam(codes.parameters(), lr=lr_codes) if self.learns else None
         self.panel = sampler.space.sample(np.random.default_rng(0), 16) # paths that validation looks at
         self.kept = [] # (path, gradient of its code) since the last simplex step
 
@@ -193,8 +193,8 @@ def _step_joint(self:KShotCallback):
 # %% ../nbs/50_train.ipynb #e6a35741
 @patch
 def _unread(self:KShotCallback) -> list: # (row, what is in it) of the supernets that few-shot does not train in this step
-    if not hasattr(self.codes, 'reads'): return []
-    rest, state = {*range(self.model.K)} - {self.codes.reads(p) for p in self.paths}, self.learn.opt.opt.state
+    if not hasattr(self.codes, 'supernet_of'): return []
+    rest, state = {*range(self.model.K)} - {self.codes.supernet_of(p) for p in self.paths}, self.learn.opt.opt.state
     tensors = [t for b in self.model.banks.values() if b.grad is not None for t in (b.data, state[b]['momentum_buffer'])]
     return [(t[k], t[k].clone()) for t in tensors for k in rest]
 
@@ -256,11 +256,11 @@ def kshot_learner(
     seed:int=0,      # of the sampler
     wd:float=5e-4,   # weight decay
     even_step:bool=True, # see `kshot.supernet`, and so are the next three
-    apart:float=1., bf16:bool=False, track:bool=False,
+    apart:float=1., bf16:bool=False, track_bn:bool=False,
     **kwargs,        # of `KShotCallback`
 ) -> Learner:        # fastai's, to `fit`
     "Learner of K-shot supernets: `model` is the `Supernet`, `k_shot.codes` makes the codes; `ValueError` for a network of another space."
-    supernet = Supernet(net, K, even_step=even_step, apart=apart, bf16=bf16, track=track)
+    supernet = Supernet(net, K, even_step=even_step, apart=apart, bf16=bf16, track_bn=track_bn)
     if (sizes := tuple(supernet.sizes)) != space.sizes:
         raise ValueError(f'a network with {sizes} ops in its blocks, expected {space.sizes} as in space {space.name!r}')
     codes, device = codes or (SimplexNet(space, K) if K > 1 else UniformCode(1)), device_of(dls)
@@ -274,7 +274,7 @@ def kshot_learner(
 def _identity(cb:KShotCallback) -> dict: # what must agree between a checkpoint and a run
     space = cb.sampler.space
     return dict(format=1, space=space.name, blocks=[list(b.choices) for b in space.blocks], K=cb.learn.model.K,
-                track=cb.learn.model.track, codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
+                track_bn=cb.learn.model.track_bn, codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
 
 @patch
 def state(self:KShotCallback) -> tuple[dict[str, Tensor], dict]:
@@ -316,7 +316,7 @@ def load_model(self:KShotCallback,
     with torch.no_grad():
         for k,b in self.learn.model.banks.items(): b.copy_(banks[k])
     self.codes.load_state_dict(_part(tensors, 'codes/'))
-    if self.learn.model.track: self.learn.model.net.load_state_dict(_part(tensors, 'stats/'))
+    if self.learn.model.track_bn: self.learn.model.net.load_state_dict(_part(tensors, 'stats/'))
 
 @patch
 def load_state(self:KShotCallback,

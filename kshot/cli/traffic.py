@@ -37,7 +37,7 @@ def needs(
 def _mixed(net, paths) -> float: # parameters of the ops on a path, on average; all channels of an op are mixed, whatever its width
     supernet = Supernet(net, 1)
     size = {k: sum(s.size for s in slots) for k,slots in supernet.slots.items()}
-    return float(np.mean([sum(size[k] for _,k in supernet._keys(p)) for p in paths]))
+    return float(np.mean([sum(size[k] for _,k in supernet.bank_keys(p)) for p in paths]))
 
 # %% ../../nbs/cli/50_traffic.ipynb #e6b0a586
 def _count_merged(supernet:Supernet, x, path, code) -> int: # bytes of a step
