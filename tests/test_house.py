@@ -108,7 +108,7 @@ MAX_ROOM = 500 # exported lines of a room
 LONG_ROOMS = {} # room -> why it has more
 PAST = dict(arch='path', archs='paths', genotype='path', cand='op', cands='ops', flops='macs', n_flops='macs', num_params='n_params', ckpt='checkpoint',
             filename='fname', filepath='fname', cfg='config', val_acc='acc_valid', test_acc='acc_alone') # word that is not used -> the one that is
-FOREIGN = {'spaces': {'genotype'}, 'datasets.importers': {*PAST}, 'runs': {'arch'}} # benchmarks in their own words; the architecture of a machine
+FOREIGN = {'spaces': {'genotype'}, 'datasets.importers': {*PAST}, 'record': {'arch'}} # benchmarks in their own words; the architecture of a machine
 IS_TEST = lambda c: not {'export', 'exporti', 'exports'} & set(directives(c))
 
 def test_rooms_are_not_long():

@@ -12,7 +12,7 @@ from kshot.studies.grid import Row, split_settings
 from kshot.datasets.images import read_part
 from kshot.networks import digits_net
 from kshot.nb101 import EDGES
-from kshot.runs import read_run
+from kshot.record import read_run
 from kshot.spaces import SPACES, get_space
 from kshot.studies.study import study_rows
 from kshot.supernet import Supernet, check_code

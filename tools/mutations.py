@@ -155,7 +155,7 @@ def main():
         tree = copy_tree(Path(tmp)/'tree')
         for name in 'tests', 'results': subprocess.run(['cp', '-r', ROOT/name, tree], check=True)
         os.environ |= dict(PYTHONPATH=str(tree), KSHOT_HOME=f'{tmp}/home', OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
-        said = subprocess.check_output([sys.executable, '-c', 'import json, kshot.runs as r; print(json.dumps(r.environment()))'], cwd=ROOT)
+        said = subprocess.check_output([sys.executable, '-c', 'import json, kshot.record as r; print(json.dumps(r.environment()))'], cwd=ROOT)
         import ipywidgets, optuna, plotly.graph_objects, sklearn.datasets, torchvision # once for all processes; not fastai, it patches tensors
         torch = sys.modules['torch']; torch.set_num_threads(1)
         found = json.loads(FNAME.read_text()) if FNAME.exists() else {}

@@ -10,7 +10,9 @@ from kshot.checkpoint import checkpoints, load_tensors
 from kshot.config import Config
 from kshot.base.files import write_json
 from kshot.studies.grid import make_rows
-from kshot.runs import environment, load_run, read_run, search_run, train_run
+from kshot.jobs import search_run
+from kshot.record import environment, read_run
+from kshot.runs import load_run, train_run
 from kshot.studies.study import run_study
 from kshot.tables import make_table
 

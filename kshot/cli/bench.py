@@ -29,7 +29,7 @@ from ..base.files import n_cores
 from ..datasets.folder import images_per_second
 from ..lab.live import LiveCallback, LiveSearch
 from ..networks import NETS, X_SHAPES, Chain, get_net
-from ..runs import environment
+from ..record import environment
 from ..search import Search
 from ..simplex import SimplexNet
 from ..spaces import get_space

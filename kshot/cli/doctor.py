@@ -78,7 +78,9 @@ def look_needs() -> Iterator[Finding]:
         return
     for name,floor in floors.items():
         if name not in ('jupyterlab', 'ipykernel'): yield check_package(name, floor) # they are looked at with the notebooks
-    for name,words in {'cli.launch': 'its commands', 'lab.live': 'the widgets', 'studies.study': 'kshot_study', 'cli.bench': 'kshot_bench'}.items():
+    rooms = {'cli.launch': 'its commands', 'lab.live': 'the widgets', 'studies.study': 'kshot_study',
+             'cli.bench': 'kshot_bench'}
+    for name,words in rooms.items():
         try: import_module(f'kshot.{name}')
         except Exception as e: yield Finding('needs', f'kshot.{name}', 'bad', f'cannot be imported: {_line(e)}', words, 'see above')
 

@@ -16,8 +16,10 @@ from ..config import Config
 from ..base.distributed import is_first, world
 from ..base.files import Unwritable
 from .report import make_report
-from ..runs import (check_free, ensure_trained, environment, export_run, get_truth, rank_run, rank_scores, rank_seeds, read_run,
-                        retrain_run, score_run, search_run, train_run, write_run)
+from ..jobs import export_run, rank_run, rank_seeds, retrain_run, search_run
+from ..rank import rank_scores
+from ..record import check_free, environment, read_run, write_run
+from ..runs import ensure_trained, get_truth, score_run, train_run
 from ..tables import baselines, devices, get_table, import_table, list_tables, make_table, reference, summary
 
 # %% ../../nbs/cli/30_launch.ipynb #ecdead90

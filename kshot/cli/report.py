@@ -16,7 +16,8 @@ from ..base.files import read_log
 from ..figures.look import label_of
 from ..figures.page import write_report
 from ..rank import align_scores, rank_scores
-from ..runs import get_truth, load_codes, read_run
+from ..record import read_run
+from ..runs import get_truth, load_codes
 
 # %% ../../nbs/cli/20_report.ipynb #ca890911
 def _read(folder, name): # a Parquet file of a run, or None

@@ -27,7 +27,8 @@ from .grid import Row, read_study, split_settings
 from ..cli.launch import run_folder, set_threads
 from ..figures.page import write_report
 from ..rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
-from ..runs import add_result, check_links, ensure_trained, environment, get_truth, read_run, score_run, write_run
+from ..record import add_result, check_links, environment, read_run, write_run
+from ..runs import ensure_trained, get_truth, score_run
 from ..search import FileLock, Search, make_search
 from ..space import Block, Space
 from ..tables import end_with_parent, get_table, list_tables, reference, write_parquet
