@@ -167,7 +167,7 @@ def net_args(
 ) -> dict:           # of `get_net`
     "What the network of a configuration is made from; `ValueError` for widths that are no numbers."
     sharing = {k: v for k,usual in asdict(Sharing()).items() if (v := getattr(config, k)) != usual}
-    return dict(name=config.space, c=config.channels, n_cells=config.n_cells, n_classes=n_classes,
+    return dict(name=config.space, channels=config.channels, n_cells=config.n_cells, n_classes=n_classes,
                 widths=_widths(config), width_per=config.width_per, **sharing)
 
 def _net(config, dls): return get_net(**net_args(config, dls.c))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from torch import Tensor, fx, nn
 from .nets.cells import DartsNet, NB101Net, NB201Net
-from .nets.ops import Sliced, channels, conv_bn, make_op, pool_and_classify
+from .nets.ops import Sliced, conv_bn, make_op, pool_and_classify, round_channels
 from .nets.sharing import Channelled, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
 from .space import Path, Space
 from .spaces import WIDE, get_space
@@ -48,7 +48,7 @@ class WidthChain(Chain):
         super().__init__(stem, blocks, head)
         self.sizes = (*map(len, blocks), *map(len, widths))
         of_block = widths*len(blocks) if len(widths) == 1 else widths
-        at = lambda op,shares: [channels(op.middle, w) for w in shares] if hasattr(op, 'middle') else None
+        at = lambda op,shares: [round_channels(op.middle, w) for w in shares] if hasattr(op, 'middle') else None
         self.channels = [[at(op, shares) for op in ops] for ops,shares in zip(blocks, of_block)]
 
     def reads(self,
@@ -85,45 +85,49 @@ def chain(
 
 # %% ../nbs/15_networks.ipynb #f7b03ad9
 def digits_net(
-    c:int=12,         # channels of the stem and of the first block, half of the others'
+    channels:int=12,  # of the stem and of the first block, half of the others'
     n_classes:int=10, # classes
 ) -> Chain:           # `(B, 1, 8, 8)` -> `(B, n_classes)`
     "Network of the digits space."
-    return chain(get_space('digits'), conv_bn(1, c, 3), c, [(c,1,1), (2*c,3,2)], pool_and_classify(2*c, n_classes))
+    stages = [(channels,1,1), (2*channels,3,2)]
+    return chain(get_space('digits'), conv_bn(1, channels, 3), channels, stages, pool_and_classify(2*channels, n_classes))
 
 def macro_net(
-    c:int=32,         # channels of the stem
+    channels:int=32,  # of the stem
     n_classes:int=10, # classes
 ) -> Chain:           # `(B, 3, 32, 32)` -> `(B, n_classes)`
     "Network of NAS-Bench-Macro."
-    head = nn.Sequential(conv_bn(8*c, 40*c, 1), pool_and_classify(40*c, n_classes))
-    return chain(get_space('macro'), conv_bn(3, c, 3), c, [(2*c,2,2), (4*c,3,2), (8*c,3,2)], head)
+    head = nn.Sequential(conv_bn(8*channels, 40*channels, 1), pool_and_classify(40*channels, n_classes))
+    stages = [(2*channels,2,2), (4*channels,3,2), (8*channels,3,2)]
+    return chain(get_space('macro'), conv_bn(3, channels, 3), channels, stages, head)
 
 # %% ../nbs/15_networks.ipynb #0418f806
 def mobilenet_net(
-    c:int=32,         # channels of the stem
+    channels:int=32,  # of the stem
     n_classes:int=10, # classes
     widths:Sequence[float]=(), # as in `get_space`
     width_per:str='layer',     # as in `get_space`
     has_se:bool=False, # h-swish, with and without squeeze-and-excitation?
 ) -> Chain:           # `(B, 3, 224, 224)` -> `(B, n_classes)`
     "Network of the MobileNetV2 spaces."
-    of = lambda n: max(1, round(n*c/32))
+    of = lambda n: max(1, round(n*channels/32))
     act = nn.Hardswish if has_se else nn.ReLU
-    stem = nn.Sequential(conv_bn(3, c, 3, 2, act=act), conv_bn(c, c, 3, groups=c, act=act), conv_bn(c, of(16), 1, act=None))
+    stem = nn.Sequential(conv_bn(3, channels, 3, 2, act=act),
+                         conv_bn(channels, channels, 3, groups=channels, act=act), conv_bn(channels, of(16), 1, act=None))
     stages = [(of(n), layers, stride) for n,layers,stride in ((32,4,2), (40,4,2), (80,4,2), (96,4,1), (192,4,2), (320,1,1))]
     head = nn.Sequential(conv_bn(of(320), of(1280), 1, act=act), pool_and_classify(of(1280), n_classes))
     return chain(get_space('mobilenet_se' if has_se else 'mobilenet', widths, width_per), stem, of(16), stages, head)
 
 def shufflenet_net(
-    c:int=16,         # channels of the stem
+    channels:int=16,  # of the stem
     n_classes:int=10, # classes
     widths:Sequence[float]=(), # as in `get_space`
     width_per:str='layer',     # as in `get_space`
 ) -> Chain:           # `(B, 3, 224, 224)` -> `(B, n_classes)`
     "Network of the ShuffleNetV2 space."
-    head = nn.Sequential(conv_bn(40*c, 64*c, 1), pool_and_classify(64*c, n_classes))
-    return chain(get_space('shufflenet', widths, width_per), conv_bn(3, c, 3, 2), c, [(4*c,4,2), (10*c,4,2), (20*c,8,2), (40*c,4,2)], head)
+    head = nn.Sequential(conv_bn(40*channels, 64*channels, 1), pool_and_classify(64*channels, n_classes))
+    stem, stages = conv_bn(3, channels, 3, 2), [(4*channels,4,2), (10*channels,4,2), (20*channels,8,2), (40*channels,4,2)]
+    return chain(get_space('shufflenet', widths, width_per), stem, channels, stages, head)
 
 # %% ../nbs/15_networks.ipynb #acac7f1a
 Op = tuple[int, int] # (block, op)
@@ -208,7 +212,7 @@ def _share(net, name, channelling='fixed', kernel='own', wsbn=False, drop_path=0
 # %% ../nbs/15_networks.ipynb #54c1d1f5
 def get_net(
     name:str,        # of a space
-    c:int=0,         # channels of the stem; 0: the benchmark's
+    channels:int=0,  # of the stem; 0: the benchmark's
     n_cells:int=0,   # cells a stage (`darts`: in all); 0: the benchmark's
     n_classes:int=10, # classes
     widths:Sequence[float]=(), # relative widths that paths choose from, as in `get_space`
@@ -218,12 +222,13 @@ def get_net(
     "Network of a space; `ValueError` for a name, a size, widths or a heuristic that it does not have."
     if name not in NETS: raise ValueError(f'network {name!r}, expected one of {", ".join(NETS)}')
     if n_cells and name in CHAINS: raise ValueError(f'n_cells={n_cells} for space {name!r}, expected 0: it has no cells')
-    for k,v in dict(c=c, n_cells=n_cells).items():
+    for k,v in dict(channels=channels, n_cells=n_cells).items():
         if v < 0: raise ValueError(f'{k}={v}, expected at least 1, or 0 for the size of the benchmark')
     if len(widths) and name not in WIDE: raise ValueError(f'widths for network {name!r}, expected none, or one of {", ".join(WIDE)}')
     wide = dict(widths=widths, width_per=width_per) if len(widths) else {}
     sharing = check_sharing(name, sharing)
-    return _share(NETS[name](**{k: v for k,v in dict(c=c, n_cells=n_cells).items() if v}, n_classes=n_classes, **wide), name, **sharing)
+    sizes = {k: v for k,v in dict(channels=channels, n_cells=n_cells).items() if v}
+    return _share(NETS[name](**sizes, n_classes=n_classes, **wide), name, **sharing)
 
 # %% ../nbs/15_networks.ipynb #b7f7fa23
 def block_sizes(

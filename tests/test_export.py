@@ -35,9 +35,9 @@ assert not any(m.split('.')[0] == 'kshot' for m in sys.modules)
 
 def digits_subnet(path=PATH, seed=0):
     torch.manual_seed(seed)
-    return subnet(get_net('digits', c=4), path)
+    return subnet(get_net('digits', channels=4), path)
 
-def about_of(path, **kwargs): return dict(space='digits', path=path, c=4, n_cells=0, n_classes=10, widths=[], width_per='layer') | kwargs
+def about_of(path, **kwargs): return dict(space='digits', path=path, channels=4, n_cells=0, n_classes=10, widths=[], width_per='layer') | kwargs
 
 class FrozenNorm(Callback):
     "Batch norm in evaluation mode"
@@ -144,7 +144,7 @@ def test_subnets_of_every_space(name, tmp_path):
     "From a network and from K supernets, bit by bit"
     n_cells = dict(nb201=1, nb101=1, darts=3, nds=3).get(name, 0)
     net, path = get_net(name, 8, n_cells), get_space(name).sample(np.random.default_rng(0), 1)[0]
-    about = about_of(path, space=name, c=8, n_cells=n_cells)
+    about = about_of(path, space=name, channels=8, n_cells=n_cells)
     C, H, W = X_SHAPES[name]
     x = torch.rand(2, C, min(H, 64), min(W, 64))
     for i,module in enumerate((subnet(net, path), Supernet(net, 2).subnet(path, torch.tensor([.3, .7])))):
@@ -159,11 +159,11 @@ def test_subnet_with_widths(width_per, tmp_path):
     asked = dict(widths=(.2, .6, 1.), width_per=width_per)
     path = get_space('mobilenet_se', **asked).sample(np.random.default_rng(0), 1)[0]
     module = subnet(get_net('mobilenet_se', 8, **asked), path).eval()
-    save_subnet(tmp_path, module, about_of(path, space='mobilenet_se', c=8, **asked))
+    save_subnet(tmp_path, module, about_of(path, space='mobilenet_se', channels=8, **asked))
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(load_subnet(tmp_path)[0](x), module(x))
     other = (*path[:-1], (path[-1]+1)%3)
-    with pytest.raises(ValueError, match='for tensor|width'): save_subnet(tmp_path, module, about_of(other, space='mobilenet_se', c=8, **asked))
+    with pytest.raises(ValueError, match='for tensor|width'): save_subnet(tmp_path, module, about_of(other, space='mobilenet_se', channels=8, **asked))
 
 def test_torch_export_runs_without_kshot(trained, tmp_path):
     module, x, y, out = trained

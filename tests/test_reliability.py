@@ -115,7 +115,7 @@ def test_codes():
     "Simplex codes of K supernets over L blocks; what a code says is compared with numpy's arithmetic."
     torch.manual_seed(0)
     K, x = 3, torch.randn(2, 1, 8, 8)
-    supernet = Supernet(digits_net(c=4), K)
+    supernet = Supernet(digits_net(channels=4), K)
     number = st.floats(0, 1) | st.sampled_from([0., 1., 1/3, -1e-3, 1.001, math.nan, math.inf, 1e300])
     @examples(2000)
     @given(st.lists(number, min_size=1, max_size=13), st.booleans(), st.booleans())

@@ -30,10 +30,10 @@ def nb201_inputs(
 class NB201Cell(nn.Module):
     "Four nodes, an op on each of six edges."
     def __init__(self,
-        c:int, # channels
+        channels:int,
     ):
         super().__init__()
-        self.edges = nn.ModuleList(nn.ModuleList(make_op(o, c, c, 1) for o in NB201_OPS) for _ in NB201_EDGES)
+        self.edges = nn.ModuleList(nn.ModuleList(make_op(o, channels, channels, 1) for o in NB201_OPS) for _ in NB201_EDGES)
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
         nodes, into = [x], nb201_inputs(path)
@@ -46,11 +46,11 @@ class NB201Cell(nn.Module):
 class Reduction(nn.Module):
     "NAS-Bench-201's residual block: half the resolution, twice the channels."
     def __init__(self,
-        c:int, # channels that come in
+        channels:int, # that come in
     ):
         super().__init__()
-        self.convs = nn.Sequential(relu_conv_bn(c, 2*c, 3, 2), relu_conv_bn(2*c, 2*c, 3))
-        self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(c, 2*c, 1, bias=False))
+        self.convs = nn.Sequential(relu_conv_bn(channels, 2*channels, 3, 2), relu_conv_bn(2*channels, 2*channels, 3))
+        self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(channels, 2*channels, 1, bias=False))
     def forward(self, x:Tensor) -> Tensor: return self.skip(x) + self.convs(x)
 
 # %% ../../nbs/nets/30_cells.ipynb #27b74ee3
@@ -58,15 +58,15 @@ class NB201Net(SplitNet):
     "Network of NAS-Bench-201."
     nodes = (0,), (1,2), (3,4,5) # blocks of the edges into each node
     def __init__(self,
-        c:int=16,         # channels of the first stage
+        channels:int=16,  # of the first stage
         n_cells:int=5,    # per stage
         n_classes:int=10, # classes
     ):
         super().__init__()
-        self.stem = conv_bn(3, c, 3, act=False)
-        self.stages = nn.ModuleList(nn.ModuleList(NB201Cell(c*2**s) for _ in range(n_cells)) for s in range(3))
-        self.reductions = nn.ModuleList(Reduction(c*2**s) for s in range(2))
-        self.head = nn.Sequential(nn.BatchNorm2d(4*c), nn.ReLU(), *pool_and_classify(4*c, n_classes))
+        self.stem = conv_bn(3, channels, 3, act=False)
+        self.stages = nn.ModuleList(nn.ModuleList(NB201Cell(channels*2**s) for _ in range(n_cells)) for s in range(3))
+        self.reductions = nn.ModuleList(Reduction(channels*2**s) for s in range(2))
+        self.head = nn.Sequential(nn.BatchNorm2d(4*channels), nn.ReLU(), *pool_and_classify(4*channels, n_classes))
         self.sizes = get_space('nb201').sizes
         self.layers = [f'stages.{s}.{i}' for s in range(3) for i in range(n_cells)]
         self.op_modules = {(l,o): [f'{c}.edges.{l}.{o}' for c in self.layers] for l in range(6) for o in range(5)}
@@ -125,22 +125,23 @@ def _number(vertices) -> int: return sum(1 << v for v in vertices) - 1 # of a se
 class NB101Net(SplitNet):
     "Network of NAS-Bench-101."
     def __init__(self,
-        c:int=128,        # channels of the stem and the first stack
+        channels:int=128, # of the stem and the first stack
         n_cells:int=3,    # per stack
         n_classes:int=10, # classes
     ):
-        if c < 4: raise ValueError(f'c={c}, expected at least 4: up to four vertices share the channels of a cell')
+        if channels < 4: raise ValueError(f'channels={channels}, expected at least 4: up to four vertices share the channels of a cell')
         super().__init__()
-        self.stem, self.c = conv_bn(3, c, 3), c
-        shapes = [[(c*2**max(s-1, 0) if i == 0 else c*2**s, c*2**s) for i in range(n_cells)] for s in range(3)]
+        self.stem, self.channels = conv_bn(3, channels, 3), channels
+        of_stack = [channels*2**s for s in range(3)]
+        shapes = [[(of_stack[max(s-1, 0)] if i == 0 else of_stack[s], of_stack[s]) for i in range(n_cells)] for s in range(3)]
         self.stacks = nn.ModuleList(nn.ModuleList(NB101Cell(*io) for io in stack) for stack in shapes)
-        self.pool, self.head = nn.MaxPool2d(2), pool_and_classify(4*c, n_classes)
+        self.pool, self.head = nn.MaxPool2d(2), pool_and_classify(4*channels, n_classes)
         self.sizes = get_space('nb101').sizes
         self.layers = [f'stacks.{s}.{i}' for s in range(3) for i in range(n_cells)]
         self.op_modules = {(20+v,o): [f'{c}.ops.{v-1}.{o}' for c in self.layers] for v in range(1, 6) for o in range(3)}
         self.op_modules |= {(EDGES.index((0,v)),1): [f'{c}.projections.{v-1}' for c in self.layers] for v in range(1, 7)}
         shares = [(n,i) for n in range(1, 5) for i in range(n)] # the i-th of n vertices that share a cell's channels
-        self.widths = [*dict.fromkeys(tuple(c*2**s//n + (i < c*2**s%n) for s in range(3)) for n,i in shares)] # in the three stacks
+        self.widths = [*dict.fromkeys(tuple(c//n + (i < c%n) for c in of_stack) for n,i in shares)] # in the three stacks
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d): m.momentum = .003
 
@@ -154,7 +155,7 @@ class NB101Net(SplitNet):
 # %% ../../nbs/nets/30_cells.ipynb #d4de9d4a
 @patch
 def _widths(self:NB101Net, path:Path) -> tuple[list, list]: # of each living vertex behind the input: width in each stack, which of `widths`
-    found = list(zip(*(nb101_widths(living(path).matrix, self.c*2**s) for s in range(3))))
+    found = list(zip(*(nb101_widths(living(path).matrix, self.channels*2**s) for s in range(3))))
     return [*found, ()], [*map(self.widths.index, found), 0] if 'width' in self.steps else [0]*(1+len(found))
 
 @patch
@@ -218,18 +219,18 @@ class DartsNet(SplitNet):
     "Network of DARTS for CIFAR, without the auxiliary head."
     nodes = tuple((l, l+2) for l in range(0, 32, 4)) # blocks of the two ops into each node
     def __init__(self,
-        c:int=36,         # channels of a node in the first cells
+        channels:int=36,  # of a node in the first cells
         n_cells:int=20,   # in all
         n_classes:int=10, # classes
         has_concat:bool=False, # do paths say what is concatenated (space `nds`)?
     ):
         super().__init__()
-        self.stem, self.cells, before, was = conv_bn(3, 3*c, 3, act=False), nn.ModuleList(), (3*c, 3*c), False
+        self.stem, self.cells, before, was = conv_bn(3, 3*channels, 3, act=False), nn.ModuleList(), (3*channels, 3*channels), False
         self.reductions = {n_cells//3, 2*n_cells//3}
         for i in range(n_cells):
-            if i in self.reductions: c *= 2
-            self.cells.append(DartsCell(before, c, i in self.reductions, was))
-            before, was = (before[1], 4*c), i in self.reductions
+            if i in self.reductions: channels *= 2
+            self.cells.append(DartsCell(before, channels, i in self.reductions, was))
+            before, was = (before[1], 4*channels), i in self.reductions
         self.head, self.op_modules, self.layers = pool_and_classify(before[1], n_classes), {}, [f'cells.{i}' for i in range(n_cells)]
         self.sizes = get_space('nds' if has_concat else 'darts').sizes
         for kind in (0,1):

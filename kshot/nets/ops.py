@@ -6,7 +6,7 @@
 __all__ = ['MIDDLE_OPS', 'OPS', 'conv_bn', 'Residual', 'identity', 'maxpool', 'conv3', 'mlp', 'dw5', 'relu_conv_bn', 'Zero',
            'FactorizedReduce', 'none', 'skip_connect', 'avg_pool_3x3', 'max_pool_3x3', 'nor_conv', 'sep_conv',
            'dil_conv', 'first', 'Crop', 'narrow', 'squeeze', 'Narrow', 'Sliced', 'SlicedMiddle', 'inverted_residual',
-           'mbconv', 'Shuffle', 'SlicedShuffle', 'shuffle_branch', 'shuffle', 'channels', 'pool_and_classify',
+           'mbconv', 'Shuffle', 'SlicedShuffle', 'shuffle_branch', 'shuffle', 'round_channels', 'pool_and_classify',
            'make_op']
 
 # %% ../../nbs/nets/10_ops.ipynb #e6b00816
@@ -358,13 +358,13 @@ def shuffle(
     return make
 
 # %% ../../nbs/nets/10_ops.ipynb #c85d3b51
-def channels(
-    c:int,       # of the full middle
-    width:float, # share, 0-1
-) -> int:        # 1 to `c`
+def round_channels(
+    channels:int, # of the full middle
+    width:float,  # share, 0-1
+) -> int:         # 1 to `channels`
     "Channels of a middle at a relative width."
-    unit = math.gcd(c, 8)
-    return unit*max(1, int(width*c/unit + .5))
+    unit = math.gcd(channels, 8)
+    return unit*max(1, int(width*channels/unit + .5))
 
 # %% ../../nbs/nets/10_ops.ipynb #6d2a7ca3
 def pool_and_classify(

@@ -125,8 +125,8 @@ def _factors(key:str, usual:float, *by:float) -> dict: # label -> settings
     values = [float(f'{usual*f:.2g}') if float in _KINDS[key] else max(1, round(usual*f)) for f in by]
     return {f'{v:g}': {key: v} for v in values if v != usual}
 
-def _size(config:Config, key:str, name:str) -> int: # that a network has, also where the benchmark says it
-    return getattr(config, key) or signature(NETS[config.space]).parameters[name].default
+def _size(config:Config, key:str) -> int: # that a network has, also where the benchmark says it
+    return getattr(config, key) or signature(NETS[config.space]).parameters[key].default
 
 def _sampling(config:Config) -> dict:
     space = space_of(config)
@@ -156,10 +156,10 @@ def heuristics(
     c, how = split_settings(Row('baseline', '', '', '', 1, 0, baseline))
     usual = dict(nb201='edge', nb101='node').get(c.space) # op_on
     out = {name: {label: {key: v or label} for label,v in values.items() if label != usual} for name,(key,values) in _MAPPING.items()}
-    if c.space not in CHAINS: out['layers'] = _factors('n_cells', _size(c, 'n_cells', 'n_cells'), .5, 2)
+    if c.space not in CHAINS: out['layers'] = _factors('n_cells', _size(c, 'n_cells'), .5, 2)
     n_train = c.n_train or _N_TRAIN.get(c.data, 0)*(c.portion or 1) # without a word on those that validate
     out |= {'train portion': {'half': dict(n_train=int(n_train)//2, passes=2*c.passes)} if n_train else {},
-            'batch size': _factors('bs', c.bs, .5, 2), 'channels': _factors('channels', _size(c, 'channels', 'c'), .5, 2),
+            'batch size': _factors('bs', c.bs, .5, 2), 'channels': _factors('channels', _size(c, 'channels'), .5, 2),
             'batch norm': {"batch's statistics": dict(n_calibration=0), 'tracked': dict(track_bn=True, n_calibration=0),
                            'not affine': dict(affine=False)},
             'learning rate': _factors('lr', c.lr, .2, .5, 2., 5.), 'epochs': _factors('epochs', c.epochs, .25, .5, 2),
