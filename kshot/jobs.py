@@ -125,7 +125,7 @@ def search_run(
 def retrain_run(
     folder:FilePath,     # of a run
     path:str|None=None,  # formatted; None: the best that `search_run` found
-    recipe:str='quick',  # a key of `kshot.retrain.RECIPES`
+    recipe:str='quick',  # a key of `kshot.retrain.RETRAIN_RECIPES`
     epochs:int=0,        # 0: the recipe's
     bs:int=0,            # images a batch, over all processes; 0: the recipe's, or the run's
     seed:int=0,          # of weights, order and augmentation

@@ -155,7 +155,7 @@ def descend(self:Search,
     "Path at which `over` is small enough or no neighbour has a smaller one."
     now = over(path)
     while now > enough:
-        near = self.space.neighbours(path)
+        near = self.space.neighbors(path)
         lower = next((near[i] for i in rng.permutation(len(near)) if over(near[i]) < now), None)
         if lower is None: break
         path, now = lower, over(lower)
@@ -170,7 +170,7 @@ def _drawn(self:Search, rng):
         yield from (draw() for _ in range(n))
         for _ in range(10):
             yield (path := self.descend(draw(), excess, rng, 0))
-            near = self.space.neighbours(path)
+            near = self.space.neighbors(path)
             yield from (near[i] for i in rng.permutation(len(near)))
     lowest = lambda k: self.cost(self.descend(draw(), lambda p: self.cost(p)[k], rng))[k]
     if not n and not any(map(self.fits, tries())): self._refuse(lowest)

@@ -131,7 +131,7 @@ def onehot(self:Space,
 
 # %% ../nbs/00_space.ipynb #56998251
 @patch
-def neighbours(self:Space,
+def neighbors(self:Space,
     path:Path,  # op index per block
 ) -> list[Path]: # in the order of blocks and choices
     "Paths that differ from `path` in exactly one block."

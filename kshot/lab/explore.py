@@ -143,7 +143,7 @@ def _random(self:CodeExplorer, _): self.go(self.space.sample(self.rng, 1)[0])
 def _best(self:CodeExplorer, _): self.go(self.best())
 @patch
 def _neighbour(self:CodeExplorer, _):
-    near = self.space.neighbours(self.path)
+    near = self.space.neighbors(self.path)
     if near: self.go(near[self.rng.integers(len(near))])
 
 @patch
