@@ -1,5 +1,12 @@
-"README.md is nbs/index.ipynb as Markdown, made without Quarto, with a picture of what is in results/"
-import json, re, sys
+"""Write README.md: nbs/index.ipynb as Markdown, made without Quarto.
+
+    python tools/readme.py          # the text
+    python tools/readme.py picture  # also its picture, from results/; needs kaleido and a browser
+"""
+import json
+import re
+import sys
+from itertools import combinations
 from os.path import normpath
 from pathlib import Path
 
@@ -14,40 +21,48 @@ LINK = re.compile(r'(\]\(|src=")([^)":#\s]+)')        # a link or picture next t
 def readme(
     root:Path=ROOT, # the project
 ) -> str:           # text of README.md
-    "Markdown of nbs/index.ipynb without hidden cells, directives and front-matter; links lead from the root."
+    "Return the index as Markdown, without hidden cells, directives and front-matter; links lead from the root."
     nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
-    nb.cells = [c for c in nb.cells if not re.match(r'#\s*\|\s*(hide|default_exp)', c.source)]
-    for c in nb.cells:
-        c.source = DIRECTIVE.sub('', FRONT.sub('', c.source)) if c.cell_type != 'markdown' else c.source
+    nb.cells = [cell for cell in nb.cells if not re.match(r'#\s*\|\s*(hide|default_exp)', cell.source)]
+    for cell in nb.cells:
+        if cell.cell_type != 'markdown': cell.source = DIRECTIVE.sub('', FRONT.sub('', cell.source))
     nb.metadata.language_info = dict(name='python')
     text,_ = MarkdownExporter().from_notebook_node(nb)
-    local = lambda m: m[1] + (normpath(f'nbs/{m[2]}') if (root/'nbs'/m[2]).exists() else m[2])
-    return re.sub(r'\n{3,}', '\n\n', LINK.sub(local, text)).strip() + '\n'
+
+    def from_root(link):
+        is_local = (root/'nbs'/link[2]).exists()
+        return link[1] + (normpath(f'nbs/{link[2]}') if is_local else link[2])
+    return re.sub(r'\n{3,}', '\n\n', LINK.sub(from_root, text)).strip() + '\n'
+
+def scorer_name(K:int) -> str: return 'one-shot' if K == 1 else f'K-shot, K = {K}'
 
 def taus(
     root:Path=ROOT, # the project
-) -> dict:          # scorer -> taus by loss, of each seed where there are several
-    "What the picture shows: Digits-Bench, three seeds of each K."
+) -> dict:          # scorer -> taus by loss, one a seed where there are several
+    "Return what the picture shows: Digits-Bench, three seeds of each K."
     import numpy as np
     from kshot.rank import kendall_tau
     from kshot.tables import get_table
-    table, rows = get_table('digits'), json.loads((root/'results'/'digits_kshot.json').read_text())['rows']
+    rows = json.loads((root/'results'/'digits_kshot.json').read_text())['rows']
+    table = get_table('digits')
     acc = table.per_seed(split='test')
     macs = table.select(split='test', seed=0).set_index('path').macs[acc.index]
-    ceiling = np.mean([kendall_tau(acc[a], acc[b]) for a,b in ((0, 1), (0, 2), (1, 2))])
-    by_K = {('one-shot' if K == 1 else f'K-shot, K = {K}'): [r['tau_loss'] for r in rows if r['K'] == K] for K in (1, 2, 4, 8)}
-    return {'counting MACs': [kendall_tau(macs, acc.mean(axis=1))], **by_K, 'seed ceiling': [ceiling]}
+    ceiling = np.mean([kendall_tau(acc[a], acc[b]) for a,b in combinations(range(3), 2)])
+    out = {'counting MACs': [kendall_tau(macs, acc.mean(axis=1))]}
+    for K in (1, 2, 4, 8): out[scorer_name(K)] = [row['tau_loss'] for row in rows if row['K'] == K]
+    return out | {'seed ceiling': [ceiling]}
 
-def picture(
+def draw_picture(
     fname:Path=ROOT/'nbs'/'images'/'digits_kshot.png', # to write
 ):
-    "Draw the README's figure; needs kaleido and a browser."
+    "Draw the README's figure."
     import pandas as pd
-    from kshot.figures.ranking import plot_protocol
-    points = pd.DataFrame({k: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for k,v in taus().items()}).T
-    fig = plot_protocol(points).update_layout(title_text='Kendall tau on Digits-Bench, by loss; whiskers: lowest and highest of three seeds')
+    from kshot.figures import plot_protocol
+    points = {name: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for name,v in taus().items()}
+    fig = plot_protocol(pd.DataFrame(points).T)
+    fig.update_layout(title_text='Kendall tau on Digits-Bench, by loss; whiskers: lowest and highest of three seeds')
     fig.write_image(fname, width=800, height=330, scale=1.5)
 
 if __name__ == '__main__':
-    if 'picture' in sys.argv: picture()
+    if 'picture' in sys.argv: draw_picture()
     (ROOT/'README.md').write_text(readme(), encoding='utf-8')

@@ -1,46 +1,59 @@
-"What Quarto cannot show of staged notebooks it gets as HTML: plotly figures, tables without foreign scripts; Quarto runs this before it renders"
-import json, re
+"""Turn what Quarto cannot show of staged notebooks into HTML: plotly figures, and tables without foreign scripts.
+
+Quarto runs this before it renders the site, in the folder of the staged notebooks.
+"""
+import json
+import re
 from pathlib import Path
 
-PLOTLY, WIDGET = 'application/vnd.plotly.v1+json', 'application/vnd.jupyter.widget-view+json'
+PLOTLY = 'application/vnd.plotly.v1+json'
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 NO_WIDGET = '*A widget that lives in JupyterLab: open this page there, with `make lab`.*'
+
+def raw_html(html:str) -> dict: return {'text/markdown': f'```{{=html}}\n{html}\n```'}
 
 def as_markdown(
     data:dict, # MIME bundle of an output
 ) -> dict:     # the same, for Quarto
-    "Figures and tables as raw HTML in Markdown: Quarto knows no plotly, and for each HTML output it loads scripts from another host."
-    raw = lambda html: {'text/markdown': f'```{{=html}}\n{html}\n```'}
+    "Return figures and tables as raw HTML in Markdown: Quarto knows no plotly, and loads scripts from elsewhere for HTML outputs."
     if PLOTLY in data:
-        fig = json.dumps({k: data[PLOTLY][k] for k in ('data', 'layout')}, separators=(',', ':')).replace('<', '\\u003c')
-        height = data[PLOTLY]['layout'].get('height') or 450
-        return raw(f'<script type="application/json">{fig}</script><div class="figure-plotly" style="height:{height}px"></div>')
+        fig = {key: data[PLOTLY][key] for key in ('data', 'layout')}
+        text = json.dumps(fig, separators=(',', ':')).replace('<', '\\u003c')
+        height = fig['layout'].get('height') or 450
+        figure = f'<div class="figure-plotly" style="height:{height}px"></div>'
+        return raw_html(f'<script type="application/json">{text}</script>{figure}')
     if WIDGET in data: return {'text/markdown': NO_WIDGET}
     if 'text/html' in data:
         html = re.sub(r'<style.*?</style>', '', ''.join(data['text/html']), flags=re.S)
-        return raw('<div class="scroll">' + re.sub(r'\n\s*\n', '\n', html).strip() + '</div>')
+        table = re.sub(r'\n\s*\n', '\n', html).strip()
+        return raw_html(f'<div class="scroll">{table}</div>')
     return data
 
 def convert(
     nb:dict, # notebook, changed in place
 ) -> bool:   # was there something to change?
     "Give Quarto a notebook whose outputs it can show."
-    n = 0
-    for o in (o for c in nb['cells'] for o in c.get('outputs', []) if 'data' in o):
-        new = as_markdown(o['data'])
-        n, o['data'] = n + (new is not o['data']), new
-    return bool(nb['metadata'].pop('widgets', None)) or n > 0
+    outputs = [output for cell in nb['cells'] for output in cell.get('outputs', []) if 'data' in output]
+    is_changed = bool(nb['metadata'].pop('widgets', None))
+    for output in outputs:
+        data = as_markdown(output['data'])
+        is_changed |= data is not output['data']
+        output['data'] = data
+    return is_changed
 
 def main(
     folder:Path, # of staged notebooks
 ):
-    "Convert all notebooks, and write what draws their figures."
+    "Convert all notebooks, and write the script that draws their figures."
     from plotly.io.json import to_json_plotly
     from plotly.offline import get_plotlyjs
     from kshot.figures.look import template
-    for f in folder.rglob('*.ipynb'):
-        nb = json.loads(f.read_text(encoding='utf-8'))
-        if convert(nb): f.write_text(json.dumps(nb), encoding='utf-8')
-    both = ', '.join(f'{k}: {to_json_plotly(template(k == "dark").to_plotly_json())}' for k in ('light', 'dark'))
-    (folder/'figures.js').write_text(f'{get_plotlyjs()}\nwindow.kshotTemplates = {{{both}}};\n', encoding='utf-8')
+    for fname in folder.rglob('*.ipynb'):
+        nb = json.loads(fname.read_text(encoding='utf-8'))
+        if convert(nb): fname.write_text(json.dumps(nb), encoding='utf-8')
+    themes = {name: to_json_plotly(template(name == 'dark').to_plotly_json()) for name in ('light', 'dark')}
+    both = ', '.join(f'{name}: {theme}' for name,theme in themes.items())
+    script = f'{get_plotlyjs()}\nwindow.kshotTemplates = {{{both}}};\n'
+    (folder/'figures.js').write_text(script, encoding='utf-8')
 
 if __name__ == '__main__': main(Path.cwd())

@@ -1,108 +1,171 @@
-"""What type checkers read: a stub beside every module of a built package, with the methods that `@patch` adds in their classes"""
-import ast, sys
+"""Write what type checkers read: a stub beside every module of a built package.
+
+Type checkers cannot see methods that `@patch` adds to a class; in a stub they are in their class.
+"""
+import ast
+import sys
 from pathlib import Path
 
-KEPT = {'contextmanager', 'dataclass', 'property', 'cached_property', 'classmethod', 'staticmethod', 'setter'} # decorators that a caller sees
-TYPES = {'dict', 'list', 'tuple', 'set', 'Callable', 'Mapping', 'Sequence', 'Iterator'} # a subscript of these is a type
+KEPT = {'contextmanager', 'dataclass', 'property', 'cached_property', 'classmethod', 'staticmethod', 'setter'} # callers see these
+TYPES = {'dict', 'list', 'tuple', 'set', 'Callable', 'Mapping', 'Sequence', 'Iterator', 'Literal'} # a subscript of these is a type
+LITERALS = {ast.Dict: 'dict', ast.List: 'list', ast.Tuple: 'tuple', ast.Set: 'set', ast.JoinedStr: 'str'}
 DOTS = ast.Constant(...)
 
-def last(e:ast.expr) -> str: # name of `a`, `m.a` or `m.a(...)`
-    return last(e.func) if isinstance(e, ast.Call) else e.attr if isinstance(e, ast.Attribute) else e.id if isinstance(e, ast.Name) else ''
+def last_name(expr:ast.expr) -> str:
+    "Return the name of `a`, `m.a` or `m.a(...)`; '' for anything else."
+    if isinstance(expr, ast.Call): return last_name(expr.func)
+    if isinstance(expr, ast.Attribute): return expr.attr
+    return expr.id if isinstance(expr, ast.Name) else ''
 
-def kind(e:ast.expr) -> str: # type of a value, as far as it shows
-    if isinstance(e, ast.Constant): return '_Any' if e.value is None else type(e.value).__name__
-    if isinstance(e, ast.Call) and last(e) in ('dict', 'tuple', 'list', 'set'): return last(e)
-    return {ast.Dict: 'dict', ast.List: 'list', ast.Tuple: 'tuple', ast.Set: 'set', ast.JoinedStr: 'str'}.get(type(e), '_Any')
+def type_name(value:ast.expr) -> str:
+    "Return the type of a value as far as it shows."
+    if isinstance(value, ast.Constant): return '_Any' if value.value is None else type(value.value).__name__
+    if isinstance(value, ast.Call) and last_name(value) in ('dict', 'tuple', 'list', 'set'): return last_name(value)
+    return LITERALS.get(type(value), '_Any')
 
-def declared(name:str, annotation:ast.expr|str, value=None) -> ast.AnnAssign:
+def declared(
+    name:str, # of an attribute or a variable
+    annotation:ast.expr|str, # its type
+    value:ast.expr|None=None, # its default
+) -> ast.AnnAssign:
+    "Return `name: annotation`."
     if isinstance(annotation, str): annotation = ast.Name(annotation)
     return ast.AnnAssign(ast.Name(name), annotation, value, 1)
 
-def function(f:ast.FunctionDef) -> ast.FunctionDef: # without body and defaults
-    a = f.args
-    for x,d in [*zip(a.args[::-1], a.defaults[::-1]), *zip(a.kwonlyargs, a.kw_defaults)]: # a default may show the type
-        if d and not x.annotation and kind(d) in ('bool', 'int', 'float', 'str'): x.annotation = ast.Name(kind(d))
-    a.defaults, a.kw_defaults = [DOTS for _ in a.defaults], [d and DOTS for d in a.kw_defaults]
-    f.decorator_list, f.body = [d for d in f.decorator_list if last(d) in KEPT], [ast.Expr(DOTS)]
-    return f
+def stub_of_function(function:ast.FunctionDef) -> ast.FunctionDef:
+    "Return a function without its body and the values of its defaults."
+    args = function.args
+    with_default = [*zip(args.args[::-1], args.defaults[::-1]), *zip(args.kwonlyargs, args.kw_defaults)]
+    for parameter,default in with_default: # a default may show the type
+        if default and not parameter.annotation and type_name(default) in ('bool', 'int', 'float', 'str'):
+            parameter.annotation = ast.Name(type_name(default))
+    args.defaults = [DOTS for _ in args.defaults]
+    args.kw_defaults = [default and DOTS for default in args.kw_defaults]
+    function.decorator_list = [d for d in function.decorator_list if last_name(d) in KEPT]
+    function.body = [ast.Expr(DOTS)]
+    return function
 
-def attributes(methods:list[ast.FunctionDef]) -> dict[str, ast.expr|str]: # `self.name = ...` anywhere, with a type where it shows
+def assigned(node:ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
+    "Return (target, value) of each thing that an assignment sets."
+    pairs = []
+    for target in node.targets:
+        both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+        pairs += zip(target.elts, node.value.elts) if both else [(target, node.value)]
+    flat = []
+    for target,value in pairs:
+        targets = target.elts if isinstance(target, ast.Tuple) else [target]
+        flat += [(inner, value) for inner in targets]
+    return flat
+
+def attributes(methods:list[ast.FunctionDef]) -> dict[str, ast.expr|str]:
+    "Return the attributes that methods set on `self`, with a type where it shows."
     out:dict[str, ast.expr|str] = {}
-    for f in methods:
-        me, *rest = [x.arg for x in f.args.args] or ['']
-        of = {x.arg: x.annotation for x in [*f.args.args, *f.args.kwonlyargs] if x.annotation}
-        for n in ast.walk(f):
-            if isinstance(n, ast.Call) and last(n) == 'store_attr': out |= {k: of.get(k, '_Any') for k in rest}
-            if not isinstance(n, ast.Assign): continue
-            for t in n.targets:
-                pairs = zip(t.elts, n.value.elts) if isinstance(t, ast.Tuple) and isinstance(n.value, ast.Tuple) else [(t, n.value)]
-                flat = [(x, v) for a,v in pairs for x in (a.elts if isinstance(a, ast.Tuple) else [a])]
-                for x,v in flat:
-                    if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name) and x.value.id == me:
-                        known = of.get(v.id) if isinstance(v, ast.Name) and f.name == '__init__' else None
-                        out.setdefault(x.attr, known or '_Any')
+    for method in methods:
+        this, *others = [a.arg for a in method.args.args] or ['']
+        types = {a.arg: a.annotation for a in [*method.args.args, *method.args.kwonlyargs] if a.annotation}
+        for node in ast.walk(method):
+            if isinstance(node, ast.Call) and last_name(node) == 'store_attr':
+                out |= {name: types.get(name, '_Any') for name in others}
+            if not isinstance(node, ast.Assign): continue
+            for target,value in assigned(node):
+                if not (isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name)): continue
+                if target.value.id != this: continue
+                is_parameter = isinstance(value, ast.Name) and method.name == '__init__'
+                out.setdefault(target.attr, types.get(value.id) or '_Any' if is_parameter else '_Any')
     return out
+
+def stub_of_import(node:ast.Import|ast.ImportFrom) -> ast.Import|ast.ImportFrom:
+    "Return `import a as a`: other modules may take the name from here."
+    if isinstance(node, ast.ImportFrom):
+        for alias in node.names: alias.asname = alias.asname or alias.name
+    return node
+
+def stub_of_assignment(node:ast.Assign) -> list[ast.stmt]:
+    "Return the declarations of the names that an assignment sets."
+    value = node.value
+    targets = [t for target in node.targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    names = [t.id for t in targets if isinstance(t, ast.Name)]
+    is_type = isinstance(value, ast.Subscript) and last_name(value.value) in TYPES
+    if names == ['__all__'] or is_type: return [node]
+    made = value.elt if isinstance(value, ast.GeneratorExp) else value
+    if last_name(made) == 'property':
+        properties = '\n'.join(f'@property\ndef {name}(self): ...' for name in names)
+        return ast.parse(properties).body
+    return [declared(name, type_name(value) if len(names) == 1 else '_Any') for name in names]
+
+def has_default(node:ast.AnnAssign) -> bool:
+    "Return whether a field of a dataclass has a default."
+    if not node.value: return False
+    return last_name(node.value) != 'field' or any(k.arg.startswith('default') for k in node.value.keywords)
+
+def names_in_body(cls:ast.ClassDef) -> set[str]:
+    "Return the names that a class body defines."
+    names = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)}
+    names |= {n.name for n in cls.body if isinstance(n, ast.FunctionDef)}
+    targets = [t for n in cls.body if isinstance(n, ast.Assign) for t in n.targets]
+    return names | {t.id for t in targets if isinstance(t, ast.Name)}
+
+def stub_of_class(cls:ast.ClassDef) -> ast.ClassDef:
+    "Return a class with the signatures of its methods, and the attributes that they set."
+    methods = [n for n in cls.body if isinstance(n, ast.FunctionDef)]
+    own = names_in_body(cls)
+    found = attributes(methods)
+    body:list[ast.stmt] = []
+    if not any(last_name(base) == 'NamedTuple' for base in cls.bases):
+        body += [declared(name, kind) for name,kind in found.items() if name not in own]
+    for node in cls.body:
+        if isinstance(node, ast.AnnAssign):
+            body.append(declared(node.target.id, node.annotation, DOTS if has_default(node) else None))
+        elif isinstance(node, ast.Assign): body += stub_of_assignment(node)
+        elif isinstance(node, ast.FunctionDef): body.append(stub_of_function(node))
+        elif isinstance(node, ast.ClassDef): body.append(stub_of_class(node))
+    cls.body = body or [ast.Expr(DOTS)]
+    cls.decorator_list = [d for d in cls.decorator_list if last_name(d) in KEPT]
+    return cls
+
+def patch_of(function:ast.stmt) -> ast.expr|None:
+    "Return the decorator that puts a function into a class."
+    if not isinstance(function, ast.FunctionDef): return None
+    return next((d for d in function.decorator_list if last_name(d).startswith('patch')), None)
+
+def bring_home(body:list[ast.stmt]):
+    "Move patched methods into their classes."
+    classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
+    for function in [n for n in body if patch_of(n)]:
+        keywords = {k.arg for k in getattr(patch_of(function), 'keywords', [])}
+        receiver = function.args.args[0]
+        home = classes[ast.unparse(receiver.annotation)]
+        function.decorator_list = []
+        if 'as_prop' in keywords: function.decorator_list.append(ast.Name('property'))
+        if 'set_prop' in keywords: function.decorator_list.append(ast.Attribute(ast.Name(function.name), 'setter'))
+        receiver.annotation = None
+        home.body.append(function)
+        body.remove(function)
 
 def stub(
     source:str, # of a module
 ) -> str:       # of its stub
-    "Signatures, classes with all their methods and attributes, and names of a module."
+    "Return the signatures, classes and names of a module."
     body = ast.parse(source).body
-    classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
-    for n in body: # methods go home
-        if not isinstance(n, ast.FunctionDef) or not (by := [d for d in n.decorator_list if last(d).startswith('patch')]): continue
-        cls = classes[ast.unparse(n.args.args[0].annotation)]
-        words = {k.arg for k in getattr(by[0], 'keywords', [])}
-        n.decorator_list = [ast.Name('property')]*('as_prop' in words) + [ast.Attribute(ast.Name(n.name), 'setter')]*('set_prop' in words)
-        n.args.args[0].annotation = None
-        n.in_class = True
-        cls.body.append(n)
+    bring_home(body)
     out:list[ast.stmt] = [ast.parse('from typing import Any as _Any').body[0]]
-    for n in body:
-        if isinstance(n, ast.Import | ast.ImportFrom | ast.With):
-            out += [exported(m) for m in ast.walk(n) if isinstance(m, ast.Import | ast.ImportFrom)]
-        elif isinstance(n, ast.ClassDef): out.append(klass(n))
-        elif isinstance(n, ast.FunctionDef) and not hasattr(n, 'in_class'):
-            is_command = any(last(d) == 'command' for d in n.decorator_list)
-            out += ast.parse(f'def {n.name}(argv: list[str]|None=...) -> None: ...').body if is_command else [function(n)]
-        elif isinstance(n, ast.AnnAssign): out.append(declared(n.target.id, n.annotation))
-        elif isinstance(n, ast.Assign): out += names(n)
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.With):
+            out += [stub_of_import(n) for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+        elif isinstance(node, ast.ClassDef): out.append(stub_of_class(node))
+        elif isinstance(node, ast.FunctionDef):
+            is_command = any(last_name(d) == 'command' for d in node.decorator_list)
+            plain = f'def {node.name}(argv: list[str]|None=...) -> None: ...'
+            out += ast.parse(plain).body if is_command else [stub_of_function(node)]
+        elif isinstance(node, ast.AnnAssign): out.append(declared(node.target.id, node.annotation))
+        elif isinstance(node, ast.Assign): out += stub_of_assignment(node)
     return ast.unparse(ast.fix_missing_locations(ast.Module(out, []))) + '\n'
-
-def exported(n:ast.Import|ast.ImportFrom) -> ast.Import|ast.ImportFrom: # `a as a`: other modules may take it from here
-    if isinstance(n, ast.ImportFrom):
-        for a in n.names: a.asname = a.asname or a.name
-    return n
-
-def names(n:ast.Assign) -> list[ast.stmt]:
-    v, found = n.value, [x.id for t in n.targets for x in (t.elts if isinstance(t, ast.Tuple) else [t]) if isinstance(x, ast.Name)]
-    if found == ['__all__'] or isinstance(v, ast.Subscript) and last(v.value) in TYPES: return [n]
-    made = v.elt if isinstance(v, ast.GeneratorExp) else v
-    if last(made) == 'property': return [m for k in found for m in ast.parse(f'@property\ndef {k}(self): ...').body]
-    return [declared(k, kind(v) if len(found) == 1 else '_Any') for k in found]
-
-def klass(c:ast.ClassDef) -> ast.ClassDef:
-    methods = [n for n in c.body if isinstance(n, ast.FunctionDef)]
-    own = {n.target.id for n in c.body if isinstance(n, ast.AnnAssign)} | {f.name for f in methods}
-    own |= {k for n in c.body if isinstance(n, ast.Assign) for k in (t.id for t in n.targets if isinstance(t, ast.Name))}
-    found, body = attributes(methods), []
-    for n in c.body:
-        if isinstance(n, ast.AnnAssign):
-            has_default = n.value and (last(n.value) != 'field' or any(k.arg.startswith('default') for k in n.value.keywords))
-            body.append(declared(n.target.id, n.annotation, DOTS if has_default else None))
-        elif isinstance(n, ast.Assign): body += names(n)
-        elif isinstance(n, ast.FunctionDef): body.append(function(n))
-        elif isinstance(n, ast.ClassDef): body.append(klass(n))
-    is_tuple = any(last(b) == 'NamedTuple' for b in c.bases)
-    c.body = [*([] if is_tuple else [declared(k, t) for k,t in found.items() if k not in own]), *body] or [ast.Expr(DOTS)]
-    c.decorator_list = [d for d in c.decorator_list if last(d) in KEPT]
-    return c
 
 def write_stubs(
     package:Path, # folder of modules
     dest:Path,    # folder of the stubs
 ) -> list[Path]:  # their files
-    "A stub for every module of a package but those that begin with _."
+    "Write a stub for every module of a package, but those that begin with an underscore."
     files = [f for f in sorted(package.rglob('*.py')) if f.name[0] != '_']
     stubs = [(dest/f.relative_to(package)).with_suffix('.pyi') for f in files]
     for source,target in zip(files, stubs): target.write_text(stub(source.read_text(encoding='utf-8')), encoding='utf-8')

@@ -1,6 +1,14 @@
-"""Processes for tests: forks of one that has imported kshot, so that none has to wait for an import.
-What starts a process in earnest (torchrun, accelerate, entry points) is started in earnest where it is the subject."""
-import atexit, os, signal, socket, sys, tempfile, warnings
+"""Start processes quickly: forks of one that has imported kshot, so that none waits for an import.
+
+What starts processes in earnest (torchrun, accelerate, entry points) is started in earnest where it is the subject of a test.
+"""
+import atexit
+import os
+import signal
+import socket
+import sys
+import tempfile
+import warnings
 from multiprocessing import active_children, get_context, set_start_method
 from pathlib import Path
 
@@ -10,63 +18,78 @@ CONTEXT = get_context('forkserver')
 CONTEXT.set_forkserver_preload(['kshot.cli.launch', 'kshot.studies.study', 'kshot.cli.bench'])
 
 @atexit.register
-def _end(): # of what a failed test has left, which Python would wait for
-    for p in active_children(): p.kill()
+def kill_leftovers(): # of a failed test: Python would wait for them
+    for process in active_children(): process.kill()
 
-def _run(code, args, env, before, streams):
+def run_code(code, args, env, before, streams):
+    "Run code as the main module of this process, which writes to two files."
     for fd,fname in enumerate(streams, 1): os.dup2(os.open(fname, os.O_WRONLY|os.O_APPEND), fd)
     os.environ.clear()
     os.environ.update(env)
-    signal.signal(signal.SIGINT, signal.default_int_handler) # also where the tests themselves run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler) # also where the tests run in the background of a shell
     warnings.simplefilter('ignore')
-    set_start_method('fork', force=True) # as fastai sets it: a process of this kind would go on with its own
+    set_start_method('fork', force=True) # fastai's choice; a process of this kind would keep its own
     torch.set_num_threads(1)
     sys.argv = ['-c', *args]
-    for f,*a in before: f(*a)
+    for function,*values in before: function(*values)
     exec(code, {'__name__': '__main__'})
 
 class Fork:
-    "A process with the methods of `subprocess.Popen` that tests use."
+    "Process with the methods of `subprocess.Popen` that tests use."
     def __init__(self,
         code:str,  # Python, as after `python -c`
         *args,     # of its command line
-        env=None,  # variables that it has besides
-        before=(), # `(function, *arguments)` that are called first
+        env=None,  # further variables of its environment
+        before=(), # `(function, *arguments)` to call first
     ):
         self.folder = tempfile.TemporaryDirectory()
-        self.streams = [f'{self.folder.name}/{s}' for s in ('out', 'err')]
-        for s in self.streams: Path(s).touch()
-        self.process = CONTEXT.Process(target=_run, args=(code, [*map(str, args)], os.environ | (env or {}), before, self.streams))
+        self.streams = [f'{self.folder.name}/{name}' for name in ('out', 'err')]
+        for fname in self.streams: Path(fname).touch()
+        env = os.environ | (env or {})
+        self.process = CONTEXT.Process(target=run_code, args=(code, [*map(str, args)], env, before, self.streams))
         self.process.start()
         self.pid = self.process.pid
+
     def poll(self): return self.process.exitcode
+
     @property
     def returncode(self): return self.poll()
-    def send_signal(self, how): os.kill(self.pid, how)
+
+    def send_signal(self, number): os.kill(self.pid, number)
+
     def wait(self, timeout=300):
         self.process.join(timeout)
         if self.poll() is None:
             self.process.kill()
-            raise TimeoutError(f'still at work after {timeout} s: {self.read()}')
+            raise TimeoutError(f'still running after {timeout} s: {self.read()}')
         return self.poll()
-    def read(self): return tuple(Path(s).read_text() for s in self.streams)
+
+    def read(self): return tuple(Path(fname).read_text() for fname in self.streams)
+
     def communicate(self, timeout=300):
         self.wait(timeout)
         return self.read()
 
-def command(name, module='cli.launch') -> str: # code of a command
+def command(name, module='cli.launch') -> str:
+    "Return code that runs a console command."
     return f'import sys; from kshot.{module} import {name}; sys.exit({name}())'
 
-def call(code, *args, **kwargs) -> tuple[int, str, str]: # its end, what it printed, its errors
-    p = Fork(code, *args, **kwargs)
-    out, err = p.communicate()
-    return p.returncode, out, err
+def call(code, *args, **kwargs) -> tuple[int, str, str]: # exit code, standard output, standard error
+    "Run code in a process and wait for it."
+    process = Fork(code, *args, **kwargs)
+    out, err = process.communicate()
+    return process.returncode, out, err
 
-def call_ranks(n, code, *args) -> tuple[int, str, str]: # the worst end, what all printed, all errors
-    "As many processes of one group, as torchrun would start them; nobody ends the others if one fails."
+def free_port() -> int:
+    "Return a port that nobody listens on."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def call_ranks(n, code, *args) -> tuple[int, str, str]: # worst exit code, all standard output, all standard error
+    "Run code in `n` processes of one group, as torchrun would start them; nobody ends the others if one fails."
     if n == 1: return call(code, *args)
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}', WORLD_SIZE=f'{n}', LOCAL_WORLD_SIZE=f'{n}')
-    ranks = [Fork(code, *args, env=group | dict(RANK=f'{i}', LOCAL_RANK=f'{i}')) for i in range(n)]
-    said = [p.communicate() for p in ranks]
-    return max((p.returncode for p in ranks), key=abs), *map(''.join, zip(*said))
+    group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    ranks = [Fork(code, *args, env=group | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(n)]
+    outs, errs = zip(*[process.communicate() for process in ranks])
+    return max((process.returncode for process in ranks), key=abs), ''.join(outs), ''.join(errs)
