@@ -21,8 +21,13 @@ SCALE = [[0, OKABE_ITO['blue']], [.5, OKABE_ITO['green']], [1, OKABE_ITO['orange
 _fixed = {1:'blue', 'one_shot':'blue', 'one-shot':'blue', 'kshot':'vermillion', 'stand-alone':'green', 'ceiling':'green'}
 _labels = {1:'one-shot', 'one_shot':'one-shot', 'kshot':'K-shot', 'macs':'counting MACs', 'params':'counting parameters',
            'ceiling':'seed ceiling'}
-_words = dict(macs='MACs', trial='paths scored before', n_params='parameters', latency_ms='latency in ms', acc_super='supernet accuracy',
-              loss_super='supernet loss', acc_alone='stand-alone accuracy', loss='training loss', acc_valid='validation accuracy')
+_words = dict(
+    macs='MACs', n_params='parameters', latency_ms='latency in ms', trial='paths scored before',
+    loss='training loss', acc_valid='validation accuracy', seconds_train='seconds of training',
+    acc_super='supernet accuracy', loss_super='supernet loss', acc_alone='stand-alone accuracy',
+    tau='tau by accuracy', tau_loss='tau by loss', spearman="Spearman's correlation", sparse_tau='sparse tau',
+    sparse_tau_position='sparse tau by position', top_tau='tau in the top 10 %', surpass_random='surpasses random',
+    search_mean='search finds', regret_1='regret of the best', regret_n='regret')
 
 def color_of(
     keys:Iterable, # K, or names of runs, scorers and baselines
@@ -34,8 +39,10 @@ def color_of(
 def word_of(
     column:str, # of a frame or a log
 ) -> str:       # what a reader sees
-    "Words for a column of numbers, or its name."
-    return _words.get(column, column)
+    "Return the words for a column of numbers; a metric by loss is named after that by accuracy."
+    if column in _words: return _words[column]
+    stem = column.removesuffix('_loss')
+    return f'{_words[stem]} by loss' if stem in _words else column.replace('_', ' ')
 
 def label_of(
     key:Any,            # K, or a name

@@ -8,14 +8,15 @@ __all__ = ['SHARES', 'on_box', 'HalfView', 'columns', 'AccuracyExplorer', 'top_t
 # %% ../../nbs/lab/40_compare.ipynb #bda4a1d6
 import html, math, time
 from collections.abc import Callable, Mapping
+from typing import get_args
 import ipywidgets, numpy as np, pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
+from ..figures import plot_accuracy, plot_protocol, plot_rank, plot_shares, plot_top_tau
+from ..figures.accuracy import Distribution, accuracy_rows, cost_bins, op_at, op_shares
+from ..figures.codes import path_array
 from ..figures.look import OKABE_ITO, finite, joined, label_of
 from ..figures.page import table_html
-from ..figures.ranking import (DISTRIBUTIONS, accuracy_rows, cost_bins, op_at, op_shares, path_array,
-                                   plot_accuracy, plot_protocol, plot_rank,
-                         plot_shares, plot_top_tau)
 from ..rank import align_scores, kendall_tau, rank_scores, scorers_of, top_tau
 from ..space import Space
 from .widgets import Panel, View, Window
@@ -91,7 +92,7 @@ class AccuracyExplorer(Panel):
 def _controls(self:AccuracyExplorer):
     f = self.frame
     self.run = ipywidgets.Dropdown(options=[(label_of(k, self.names), k) for k in f[self.by].unique().tolist()], description='Run')
-    self.kind = ipywidgets.ToggleButtons(options=DISTRIBUTIONS, style=dict(button_width='96px'))
+    self.kind = ipywidgets.ToggleButtons(options=get_args(Distribution), style=dict(button_width='96px'))
     splits = ['MACs']*('macs' in f and len(cost_bins(f.macs).categories) > 1) + [b.name for b in self.space.blocks]
     self.split = ipywidgets.Dropdown(options=[('nothing', None), *((s, s) for s in splits)], description='Split by')
     self.acc_super = _range('supernet', f.acc_super)

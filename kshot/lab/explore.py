@@ -10,7 +10,7 @@ import html, math
 from collections.abc import Callable
 import ipywidgets as W, numpy as np, traitlets
 from fastcore.basics import patch
-from ..figures.ranking import draw_path, plot_code
+from ..figures import draw_path, plot_code
 from ..space import Path, Space
 from .widgets import Panel, View, Window
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from .controls import Budget, Guard, LivePanel, Switch, in_kernel
 from ..base.distributed import is_first, world
 from ..evaluate import score_path
-from ..figures.ranking import draw_path, live_note, plot_live, plot_pareto
+from ..figures import draw_path, plot_live, plot_pareto
+from ..figures.runs import live_note
 from ..rank import kendall_tau
 from ..search import Search, watching
 from ..simplex import code_stats

@@ -21,7 +21,9 @@ from ..checkpoint import TrainingStopped
 from ..cli.command import command
 from ..config import Config, space_of
 from ..base.distributed import world
-from .effects import effects, flips, plot_effects, plot_heuristic, plot_metrics, summary
+from ..figures import plot_effects, plot_heuristic, plot_metrics
+from ..figures.effects import effects_table
+from .effects import effects, flips
 from ..base.files import n_cores, write_json
 from .grid import Row, read_study, split_settings
 from ..cli.launch import run_folder, set_threads
@@ -226,9 +228,10 @@ def report_study(
     some = [m for m in ('acc_super', 'tau', 'tau_loss', 'sparse_tau', 'surpass_random', 'search_mean') if m in shown]
     crossed = [('K against one supernet', flips(frame, metric))] if {True, False} <= set(frame.K == 1) else []
     scatter = [('Metrics', plot_metrics(frame, some))] if len(some) > 1 else []
+    found = effects(frame, metric)
     write_report(folder/'report.html', f'kshot study: {folder.name}', [
-        ('Effects', plot_effects(frame, metric), summary(frame, metric)), *crossed,
-        ('Heuristics', *(plot_heuristic(frame, h, metric) for h in names)), *scatter, ('Runs', shown)])
+        ('Effects', plot_effects(found, frame, metric), effects_table(found)), *crossed,
+        ('Heuristics', *(plot_heuristic(found, frame, h, metric) for h in names)), *scatter, ('Runs', shown)])
 
 def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline is still in work
     keys = ['space', 'K', 'seed']
