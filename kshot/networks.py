@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, fx, nn
 from .nets.cells import DartsNet, NB101Net, NB201Net
 from .nets.ops import Sliced, conv_bn, make_op, pool_and_classify, round_channels
-from .nets.sharing import Channelled, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
+from .nets.sharing import Channelled, Copy, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
 from .space import Path, Space
 from .spaces import WIDE, get_space
 
@@ -130,7 +130,7 @@ def shufflenet_net(
     return chain(get_space('shufflenet', widths, width_per), stem, channels, stages, head)
 
 # %% ../nbs/15_networks.ipynb #acac7f1a
-Op = tuple[int, int] # (block, op)
+Op = tuple[int, int|Copy] # (block, op)
 Ops = Mapping[Op, str|list[str]] # (block, op) -> name of its module, or names if it has several
 
 def op_modules(
@@ -264,7 +264,7 @@ def op_owner(
 def reads(
     net:nn.Module, # `forward(x, path)`
     path:Path,     # op index per block
-) -> Iterable[tuple[int, ...]]: # (block, op, ...)
+) -> Iterable[tuple[int|Copy, ...]]: # (block, op, ...)
     "Ops that a path uses."
     return net.reads(path) if hasattr(net, 'reads') else enumerate(path)
 

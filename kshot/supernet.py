@@ -102,7 +102,8 @@ class Supernet(nn.Module):
 
 # %% ../nbs/20_supernet.ipynb #2baf2e62
 def _bank_key(owners:set, ndim:int) -> str: # of (block, op), None for what all paths share
-    return ('shared' if None in owners else '+'.join(f'{l}_{o}' for l,o in sorted(owners))) + ('' if ndim > 1 else '_1d')
+    names = sorted('_'.join(map(str, (l, *o) if isinstance(o, tuple) else (l, o))) for l,o in owners - {None})
+    return ('shared' if None in owners else '+'.join(names)) + ('' if ndim > 1 else '_1d')
 
 def _slots(net:nn.Module, ops:dict) -> tuple[dict[str, list[Slot]], dict[Op|None, dict]]:
     "Slots of each bank, in the order of the network's parameters; of each op, its banks and the block whose code they are mixed by."

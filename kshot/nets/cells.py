@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from ..nb101 import EDGES, living, nb101_widths
 from .ops import FactorizedReduce, Sliced, conv_bn, make_op, pool_and_classify, relu_conv_bn
-from .sharing import SplitNet, redraw, variant
+from .sharing import Copy, SplitNet, as_copy, redraw, variant
 from ..space import Path
 from ..spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, get_space
 
@@ -80,12 +80,12 @@ class NB201Net(SplitNet):
 
     def reads(self,
         path:Path, # op index per edge
-    ) -> Iterator[tuple[int, int]]: # block, op
+    ) -> Iterator[tuple[int, int|Copy]]: # block, op
         "One op an edge."
         into = nb201_inputs(path)
         for l,((i,_),o) in enumerate(zip(NB201_EDGES, path)): yield l, self.key(l, o, input=into[i])
 
-    def ways(self, l:int, o:int, by:str) -> Sequence[Hashable]: # `by` 'input'
+    def ways(self, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input'
         "Sets of nodes that the node before an edge may read."
         return range(2**NB201_EDGES[l][0])
 
@@ -149,30 +149,30 @@ class NB101Net(SplitNet):
         x, (_, ids) = self.stem(x), self._widths(path)
         for s,cells in enumerate(self.stacks):
             if s: x = self.pool(x)
-            for cell in cells: x = cell(x, path, ids, 'edge' in self.steps)
+            for cell in cells: x = cell(x, path, ids, 'edge' in self.splits)
         return self.head(x)
 
 # %% ../../nbs/nets/30_cells.ipynb #d4de9d4a
 @patch
 def _widths(self:NB101Net, path:Path) -> tuple[list, list]: # of each living vertex behind the input: width in each stack, which of `widths`
     found = list(zip(*(nb101_widths(living(path).matrix, self.channels*2**s) for s in range(3))))
-    return [*found, ()], [*map(self.widths.index, found), 0] if 'width' in self.steps else [0]*(1+len(found))
+    return [*found, ()], [*map(self.widths.index, found), 0] if 'width' in self.splits else [0]*(1+len(found))
 
 @patch
 def reads(self:NB101Net,
     path:Path, # 26 choices
-) -> Iterator[tuple[int, ...]]: # block, op, its width in each stack
+) -> Iterator[tuple[int|Copy, ...]]: # block, op, its width in each stack
     "Ops of living vertices and projections of living edges from the input."
     cell = living(path)
     for k,(v,w,i) in enumerate(zip(cell.vertices[1:], *self._widths(path)), 1):
         before = [u for u,row in zip(cell.vertices, cell.matrix) if row[k]]
-        uses = [dict(edge=u) for u in before] if 'edge' in self.steps else [dict(input=_number(before))]
+        uses = [dict(edge=u) for u in before] if 'edge' in self.splits else [dict(input=_number(before))]
         if v < 6:
             for o in dict.fromkeys(self.key(20+v, cell.ops[k-1], width=i, **use) for use in uses): yield (20+v, o, *w)
         if 0 in before: yield ((l := EDGES.index((0,v))), self.key(l, 1, width=i), *w)
 
 @patch
-def ways(self:NB101Net, l:int, o:int, by:str) -> Sequence[Hashable]: # `by` 'width', 'edge' or 'input'
+def ways(self:NB101Net, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'width', 'edge' or 'input'
     "Widths in the three stacks, vertices before a vertex, or sets of them."
     if by == 'width': return self.widths if l != EDGES.index((0,6)) else self.widths[:1] # the output has all channels
     return range({'edge': l-20, 'input': 2**(l-20) - 1}[by] if l > 20 else 1)
@@ -238,7 +238,7 @@ class DartsNet(SplitNet):
             for place in range(8):
                 for o in range(8):
                     self.op_modules[16*kind+2*place, o] = [f'{c}.ops.{place}.{o}' for c in cells]
-                    if kind: self.op_modules[16+2*place, 8+o] = [f'{c}.strided.{place}.{o}' for c in cells]
+                    if kind: self.op_modules[16+2*place, Copy(o, stride=2)] = [f'{c}.strided.{place}.{o}' for c in cells]
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
         outs = path[32:] or (1,)*8
@@ -252,15 +252,16 @@ class DartsNet(SplitNet):
 @patch
 def reads(self:DartsNet,
     path:Path, # 32 or 40 choices
-) -> Iterator[tuple[int, int]]: # block, op (8 more for a copy with stride 2)
+) -> Iterator[tuple[int, int|Copy]]: # block, op
     "One op at each place of each cell."
     for l in range(0, 32, 2):
         (o, i), is_normal = path[l:l+2], l < 16
         j = i if is_normal or i < 2 else i-2
-        yield l, self.key(l, o if is_normal or i >= 2 else 8+o, input=j, edge=j)
+        yield l, self.key(l, o if is_normal or i >= 2 else Copy(o, stride=2), input=j, edge=j)
 
 @patch
-def ways(self:DartsNet, l:int, o:int, by:str) -> Sequence[Hashable]: # `by` 'input' or 'edge'
+def ways(self:DartsNet, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input' or 'edge'
     "Nodes that a place may read, at this stride."
     n_before = l%16//4
-    return range(n_before+2 if l < 16 else n_before if o < 8 else 2)
+    if l < 16: return range(n_before+2)
+    return range(n_before if as_copy(o).stride == 1 else 2)
