@@ -13,7 +13,7 @@ import ast, re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from .nb101 import EDGES, NB101_OPS, is_cell, nb101_cells, nb101_string, parse_nb101
+from .nb101 import NB101_EDGES, NB101_OPS, is_cell, nb101_cells, nb101_string, parse_nb101
 from .space import Block, Path, Space
 
 # %% ../nbs/05_spaces.ipynb #8db1041c
@@ -54,7 +54,7 @@ def nb201_space() -> Space:
 # %% ../nbs/05_spaces.ipynb #8e3e9c79
 def nb101_space() -> Space:
     "NAS-Bench-101: 21 possible edges and five ops, 423,624 cells."
-    edges = tuple(Block(f'{i} to {j}', ('no edge', 'edge'), 'input') for i,j in EDGES)
+    edges = tuple(Block(f'{i} to {j}', ('no edge', 'edge'), 'input') for i,j in NB101_EDGES)
     ops = tuple(Block(f'vertex {v}', NB101_OPS) for v in range(1, 6))
     return Space('nb101', edges+ops, is_cell, nb101_cells, (nb101_string, parse_nb101))
 

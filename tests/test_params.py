@@ -7,7 +7,7 @@ import pytest
 import torch
 from kshot.cost import Cost
 from kshot.evaluate import recalibrate_bn
-from kshot.nb101 import EDGES, nb101_hash
+from kshot.nb101 import NB101_EDGES, nb101_hash
 from kshot.networks import X_SHAPES, get_net, subnet
 from kshot.spaces import WIDE, WIDTHS, get_space
 from kshot.supernet import Supernet
@@ -31,8 +31,8 @@ def test_params_and_macs_of_every_macro_row(data):
 def nb101_paths(table):
     for V,bits,ops in zip(table.num_vertices, table.adj_upper, table.ops):
         at = [*range(V-1), 6] # a path's numbers of the cell's vertices
-        edges = {(at[i],at[j]): int(b) for (i,j),b in zip([(i,j) for i,j in EDGES if j < V], bits)}
-        yield (*(edges.get(e, 0) for e in EDGES), *map(int, ops), *(0,)*(7-V))
+        edges = {(at[i],at[j]): int(b) for (i,j),b in zip([(i,j) for i,j in NB101_EDGES if j < V], bits)}
+        yield (*(edges.get(e, 0) for e in NB101_EDGES), *map(int, ops), *(0,)*(7-V))
 
 def test_params_and_hash_of_every_nb101_row(data):
     table, space = pd.read_parquet(data/'nas_bench_101_subset20001.parquet'), get_space('nb101')

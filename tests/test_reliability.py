@@ -11,7 +11,7 @@ from kshot.config import CODES, Config, check_config, space_of
 from kshot.studies.grid import Row, split_settings
 from kshot.datasets.images import read_part
 from kshot.networks import digits_net
-from kshot.nb101 import EDGES
+from kshot.nb101 import NB101_EDGES
 from kshot.record import read_run
 from kshot.spaces import SPACES, get_space
 from kshot.studies.study import study_rows
@@ -37,7 +37,7 @@ each_space = pytest.mark.parametrize('name', SPACES_)
 
 def living(path): # edges of a NAS-Bench-101 cell on a way from input to output, by powers of its matrix
     m = np.zeros((7, 7), int)
-    for (i,j),e in zip(EDGES, path): m[i,j] = e
+    for (i,j),e in zip(NB101_EDGES, path): m[i,j] = e
     reach = np.linalg.matrix_power(np.eye(7, dtype=int) + m, 7) > 0
     alive = reach[0] & reach[:,6]
     return int(m[np.ix_(alive, alive)].sum()) if reach[0,6] else 0

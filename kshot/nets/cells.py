@@ -12,7 +12,7 @@ from operator import add
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..nb101 import EDGES, living, nb101_widths
+from ..nb101 import NB101_EDGES, living_cell, nb101_widths
 from .ops import FactorizedReduce, Sliced, conv_bn, make_op, pool_and_classify, relu_conv_bn
 from .sharing import Copy, SplitNet, as_copy, redraw, variant
 from ..space import Path
@@ -107,7 +107,7 @@ class NB101Cell(nn.Module):
         ids:Sequence[int]=(0,)*5, # which of the widths of `NB101Net` each living vertex has
         on_edge:bool=False, # has every edge into a vertex an op of its own?
     ) -> Tensor:   # `(B, c, H, W)`
-        cell = living(path)
+        cell = living_cell(path)
         m, V, out = cell.matrix, len(cell.vertices), {}
         run = lambda op, x, c_in, c, **use: op(x, c_in, c) if isinstance(op := variant(op, **use), Sliced) else op(x)
         project = lambda k, c, i=0: {0: run(self.projections[cell.vertices[k]-1], x, self.c_in, c, width=i)} if m[0][k] else {}
@@ -139,7 +139,7 @@ class NB101Net(SplitNet):
         self.sizes = get_space('nb101').sizes
         self.layers = [f'stacks.{s}.{i}' for s in range(3) for i in range(n_cells)]
         self.op_modules = {(20+v,o): [f'{c}.ops.{v-1}.{o}' for c in self.layers] for v in range(1, 6) for o in range(3)}
-        self.op_modules |= {(EDGES.index((0,v)),1): [f'{c}.projections.{v-1}' for c in self.layers] for v in range(1, 7)}
+        self.op_modules |= {(NB101_EDGES.index((0,v)),1): [f'{c}.projections.{v-1}' for c in self.layers] for v in range(1, 7)}
         shares = [(n,i) for n in range(1, 5) for i in range(n)] # the i-th of n vertices that share a cell's channels
         self.widths = [*dict.fromkeys(tuple(c//n + (i < c%n) for c in of_stack) for n,i in shares)] # in the three stacks
         for m in self.modules():
@@ -155,7 +155,7 @@ class NB101Net(SplitNet):
 # %% ../../nbs/nets/30_cells.ipynb #d4de9d4a
 @patch
 def _widths(self:NB101Net, path:Path) -> tuple[list, list]: # of each living vertex behind the input: width in each stack, which of `widths`
-    found = list(zip(*(nb101_widths(living(path).matrix, self.channels*2**s) for s in range(3))))
+    found = list(zip(*(nb101_widths(living_cell(path).matrix, self.channels*2**s) for s in range(3))))
     return [*found, ()], [*map(self.widths.index, found), 0] if 'width' in self.splits else [0]*(1+len(found))
 
 @patch
@@ -163,18 +163,18 @@ def reads(self:NB101Net,
     path:Path, # 26 choices
 ) -> Iterator[tuple[int|Copy, ...]]: # block, op, its width in each stack
     "Ops of living vertices and projections of living edges from the input."
-    cell = living(path)
+    cell = living_cell(path)
     for k,(v,w,i) in enumerate(zip(cell.vertices[1:], *self._widths(path)), 1):
         before = [u for u,row in zip(cell.vertices, cell.matrix) if row[k]]
         uses = [dict(edge=u) for u in before] if 'edge' in self.splits else [dict(input=_number(before))]
         if v < 6:
             for o in dict.fromkeys(self.key(20+v, cell.ops[k-1], width=i, **use) for use in uses): yield (20+v, o, *w)
-        if 0 in before: yield ((l := EDGES.index((0,v))), self.key(l, 1, width=i), *w)
+        if 0 in before: yield ((l := NB101_EDGES.index((0,v))), self.key(l, 1, width=i), *w)
 
 @patch
 def ways(self:NB101Net, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'width', 'edge' or 'input'
     "Widths in the three stacks, vertices before a vertex, or sets of them."
-    if by == 'width': return self.widths if l != EDGES.index((0,6)) else self.widths[:1] # the output has all channels
+    if by == 'width': return self.widths if l != NB101_EDGES.index((0,6)) else self.widths[:1] # the output has all channels
     return range({'edge': l-20, 'input': 2**(l-20) - 1}[by] if l > 20 else 1)
 
 @patch
