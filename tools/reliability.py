@@ -1,98 +1,159 @@
-"What survives what: kills at random moments, damaged checkpoints, a full disk, clocks that jump. Figures in results/reliability.json"
-import argparse, ctypes, hashlib, io, json, multiprocessing, os, random, re, resource, shutil, signal, sys, tempfile, time, traceback
+"""What survives what: kills at random moments, damaged checkpoints, a full disk, clocks that jump.
+
+    python tools/reliability.py                       # everything; results/reliability.json has a row each
+    python tools/reliability.py train --n 10 --trouble  # ten kills of trainings and nothing else
+"""
+import argparse
+import ctypes
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
 import kshot.tables
+from kshot.base.files import write_json
 from kshot.checkpoint import checkpoints, load_tensors
 from kshot.config import Config
-from kshot.base.files import write_json
-from kshot.studies.grid import make_rows
 from kshot.jobs import search_run
 from kshot.record import environment, read_run
 from kshot.runs import load_run, train_run
+from kshot.studies.grid import make_rows
 from kshot.studies.study import run_study
 from kshot.tables import make_table
 
-OUT = Path(__file__).parent.parent/'results'/'reliability.json'
+ROOT = Path(__file__).parent.parent
+OUT = ROOT/'results'/'reliability.json'
 CONFIG = Config(K=2, epochs=6, passes=4, bs=200, channels=4)
 SPACE_PATHS = ('0000', '1111', '2222', '3333', '4444', '0123', '1234', '4321')
 
-# What is disturbed. Each is called in a process of its own with a folder, begins or goes on there, and ends when all is done.
+# The work that is disturbed. Each function runs in a process of its own with a folder, begins or goes on there, and returns when all is done.
 
 def train(folder):
-    train_run(CONFIG, folder/'run', resume=(folder/'run'/'run.json').exists(), progress=False)
+    is_begun = (folder/'run'/'run.json').exists()
+    train_run(CONFIG, folder/'run', resume=is_begun, progress=False)
 
-def search(folder): # of a run that is trained: two generations, within a budget
+def search(folder): # of a trained run: two generations, within a budget
     search_run(folder/'run', 120, 'nsga2', dict(macs=20_000), n_calibration=1)
 
 def study(folder):
-    rows = make_rows(dict(space='digits', epochs=2, passes=1, bs=200, channels=4, n_paths=8, n_calibration=1), {'path sampling': {'fair': dict(sampler='fair')}}, K=[2], seeds=1)
+    base = dict(space='digits', epochs=2, passes=1, bs=200, channels=4, n_paths=8, n_calibration=1)
+    rows = make_rows(base, {'path sampling': {'fair': dict(sampler='fair')}}, K=[2], seeds=1)
     run_study(rows, folder/'study', workers=1, progress=False)
 
-def tables(folder): # its workers are processes; forked here, as importing takes seconds
+def tables(folder): # its workers are forked here: importing takes seconds
     kshot.tables.get_context = lambda _: multiprocessing.get_context('fork')
     make_table('digits', folder/'tables', epochs=1, seeds=1, paths=list(SPACE_PATHS), n_workers=2)
 
-# What has to be equal in the end: everything but seconds, and the commit, which may be another by then.
+WORK = dict(train=train, search=search, study=study, tables=tables)
+
+# What must be equal in the end: everything but seconds, and the commit, which may be another by then.
 
 def digest(fname): return hashlib.sha256(fname.read_bytes()).hexdigest()
 
-def no_seconds(o):
-    if isinstance(o, dict): return {k: no_seconds(v) for k,v in o.items() if not k.startswith('seconds') and k != 'commit'}
-    return [no_seconds(v) for v in o] if isinstance(o, list) else o
+def digest_of(tensor): return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+def is_timing(key): return key.startswith('seconds') or key == 'commit'
+
+def without_times(value):
+    "Return JSON without what differs between equal runs."
+    if isinstance(value, dict): return {key: without_times(inner) for key,inner in value.items() if not is_timing(key)}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+def as_json(value): return json.loads(json.dumps(value)) # tuples are lists
+
+def read_lines(fname): return [json.loads(line) for line in fname.read_text().splitlines()]
 
 def weights(folder):
-    def one(fname):
+    "Return the digests of all tensors in a run's checkpoints, with what is recorded beside them."
+    out = {}
+    for fname in checkpoints(folder):
         tensors, meta = load_tensors(fname)
-        return {k: hashlib.sha256(t.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest() for k,t in tensors.items()}, no_seconds(meta)
-    return {f.name: one(f) for f in checkpoints(folder)}
+        out[fname.name] = {name: digest_of(tensor) for name,tensor in tensors.items()}, without_times(meta)
+    return out
 
-def rows_of(fname, *by): # of a frame, with as many bits as it has
-    frame = pd.read_parquet(fname)
-    frame = frame[[c for c in frame if not c.startswith('seconds') and c != 'commit']]
-    return frame.sort_values(list(by), ignore_index=True).to_csv(index=False, float_format='%.17g') if by else frame.to_csv(index=False, float_format='%.17g')
+def as_text(frame, *by): # with as many bits as it has
+    frame = frame[[column for column in frame if not is_timing(column)]]
+    if by: frame = frame.sort_values(list(by), ignore_index=True)
+    return frame.to_csv(index=False, float_format='%.17g')
 
-def result(what, folder):
-    "Everything a finished work has left, in comparable form; raises where something is twice or temporary."
+def paths_in(journal):
+    "Return the paths that a search's journal has finished."
+    attributes = [line.get('user_attrs') or {} for line in read_lines(journal)]
+    return [values['path'] for values in attributes if values.get('path')]
+
+def result_of_training(folder):
     run = folder/'run'
-    assert not [*folder.glob('**/checkpoint/*.part')], 'temporary files are left'
-    if what == 'train': return weights(run), no_seconds(read_run(run)), digest(run/'log.jsonl'), len(list((run/'checkpoint').iterdir()))
-    if what == 'search':
-        trials = [json.loads(l) for l in (run/'search.journal').read_text().splitlines()]
-        paths = [t['user_attrs']['path'] for t in trials if (t.get('user_attrs') or {}).get('path')]
-        assert len(paths) == len(set(paths)) > 0, 'a path was scored twice'
-        return rows_of(run/'search.parquet', 'path'), no_seconds(read_run(run)['results']['search'])
-    if what == 'study':
-        trials = [json.loads(l) for l in (folder/'study'/'study.journal').read_text().splitlines()]
-        done = [t['user_attrs']['path'] for t in trials if (t.get('user_attrs') or {}).get('path')]
-        assert len(done) == len(set(done)) == 2, 'a row was done twice'
-        return rows_of(folder/'study'/'results.parquet', 'name'), {f.parent.parent.name: weights(f.parent.parent) for f in folder.glob('study/*/checkpoint/*2.safetensors')}
-    logged = [json.loads(l) for l in (folder/'tables'/'digits.jsonl').read_text().splitlines()]
-    keys = [(r['path'], r['split'], r['seed']) for r in logged]
+    n_files = len(list((run/'checkpoint').iterdir()))
+    return weights(run), without_times(read_run(run)), digest(run/'log.jsonl'), n_files
+
+def result_of_search(folder):
+    run = folder/'run'
+    paths = paths_in(run/'search.journal')
+    assert len(paths) == len(set(paths)) > 0, 'a path was scored twice'
+    return as_text(pd.read_parquet(run/'search.parquet'), 'path'), without_times(read_run(run)['results']['search'])
+
+def result_of_study(folder):
+    done = paths_in(folder/'study'/'study.journal')
+    assert len(done) == len(set(done)) == 2, 'a row was done twice'
+    runs = {f.parent.parent for f in folder.glob('study/*/checkpoint/*2.safetensors')}
+    frame = pd.read_parquet(folder/'study'/'results.parquet')
+    return as_text(frame, 'name'), {run.name: weights(run) for run in runs}
+
+def result_of_tables(folder):
+    keys = [(row['path'], row['split'], row['seed']) for row in read_lines(folder/'tables'/'digits.jsonl')]
     assert len(keys) == len(set(keys)) == 2*len(SPACE_PATHS), 'a row is there twice'
     return kshot.tables.read_table(folder/'tables'/'digits.parquet').frame.to_csv(index=False, float_format='%.17g')
 
-WORK = dict(train=train, search=search, study=study, tables=tables)
+RESULT = dict(train=result_of_training, search=result_of_search, study=result_of_study, tables=result_of_tables)
+
+def result(what, folder):
+    "Return everything that finished work has left, in comparable form; raise if something is there twice or temporary."
+    assert not [*folder.glob('**/checkpoint/*.part')], 'temporary files are left'
+    return as_json(RESULT[what](folder))
 
 # The harness: the parent imports once and forks; children have a session of their own and are killed with all they have started.
 
-def begin(what, folder, err):
-    "A child at work; it ends with 0 when all is done."
+def fork(f, *args, err):
+    "Run a function in a child, which ends with 0 if it returns; return its process id."
     pid = os.fork()
     if pid: return pid
     code = 1
     try:
         os.setsid()
         torch.set_num_threads(1)
-        with open(err, 'w') as f, redirect_stdout(f), redirect_stderr(f):
-            try: WORK[what](folder); code = 0
+        with open(err, 'w') as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                f(*args)
+                code = 0
             except BaseException: traceback.print_exc()
     finally: os._exit(code)
 
-def ended(pid, seconds=None): # exit status; None: still at work when the time was over
+def begin(what, folder, err): return fork(WORK[what], folder, err=err)
+
+def kill(pid):
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+def status_of(pid, seconds=None):
+    "Wait for a child, and return its exit status; None if it still runs after `seconds`."
     limit = None if seconds is None else time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -100,57 +161,116 @@ def ended(pid, seconds=None): # exit status; None: still at work when the time w
         if limit and time.monotonic() >= limit: return None
         time.sleep(.002)
 
-def prepared(what, base): # folder to begin in
+def prepared(what, base):
+    "Make a folder to begin in."
     folder = Path(tempfile.mkdtemp(dir=base))
     if what == 'search': shutil.copytree(base/'trained'/'run', folder/'run')
     return folder
 
 def check(pid, err, what, limit=300):
-    status = ended(pid, limit)
-    if status is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0); raise RuntimeError(f'{what} hangs')
+    "Wait for a child that must end well."
+    status = status_of(pid, limit)
+    if status is None:
+        kill(pid)
+        raise RuntimeError(f'{what} hangs')
     if status: raise RuntimeError(f'{what} failed: {err.read_text()[-3000:]}')
 
-def kill_one(what, folder, err, duration, rng, n_left):
-    "Begin, kill at a random moment, begin again, until `n_left` kills have hit or all is done: how many have, and how many found nothing new in the folder."
-    n, n_early, had = 0, 0, set(folder.rglob('*'))
-    while n < n_left:
+def train_for_search(base, err):
+    "Train the run that searches begin with, once."
+    if (base/'trained').exists(): return
+    (base/'trained').mkdir()
+    check(begin('train', base/'trained', err), err, 'train')
+
+# Kills
+
+def kill_some(what, folder, err, duration, rng, n):
+    "Begin and kill at a random moment, until `n` kills have hit or all is done; return how many hit, and how many of these before anything was written."
+    n_hits = 0
+    n_early = 0
+    before = set(folder.rglob('*'))
+    while n_hits < n:
         pid = begin(what, folder, err)
-        status = ended(pid, rng.uniform(0, duration))
-        if status is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0); n += 1; n_early += set(folder.rglob('*')) == had
-        elif status: raise RuntimeError(f'{what} failed after {n} kills: {err.read_text()[-3000:]}')
-        else: break
-    return n, n_early
+        status = status_of(pid, rng.uniform(0, duration))
+        if status == 0: break
+        if status: raise RuntimeError(f'{what} failed after {n_hits} kills: {err.read_text()[-3000:]}')
+        kill(pid)
+        n_hits += 1
+        n_early += set(folder.rglob('*')) == before
+    return n_hits, n_early
 
 def kills(what, n, seed=0, base=None, say=print):
-    "`n` kills of one kind of work: a row of the table."
+    "Kill one kind of work `n` times, and return a row of the table."
     base = Path(base or tempfile.mkdtemp(prefix='kshot_'))
-    rng, err = random.Random(f'{what} {seed}'), base/'err'
-    if what == 'search' and not (base/'trained').exists():
-        (base/'trained').mkdir(); check(begin('train', base/'trained', err), err, 'train')
-    folder, began = prepared(what, base), time.monotonic()
+    rng = random.Random(f'{what} {seed}')
+    err = base/'err'
+    if what == 'search': train_for_search(base, err)
+    folder = prepared(what, base)
+    began = time.monotonic()
     check(begin(what, folder, err), err, what)
-    duration, expected = time.monotonic() - began, result(what, folder)
+    duration = time.monotonic() - began
+    expected = result(what, folder)
     shutil.rmtree(folder)
-    n_kills = n_early = n_runs = n_equal = hit_equal = 0
-    while n_kills < n:
+    count = Counter()
+    while count['kills'] < n:
         folder = prepared(what, base)
-        hits, early = kill_one(what, folder, err, 1.1*duration, rng, min(n-n_kills, rng.randint(1, 4)))
+        left = n - count['kills']
+        n_hits, n_early = kill_some(what, folder, err, 1.1*duration, rng, min(left, rng.randint(1, 4)))
         check(begin(what, folder, err), err, what)
         is_equal = result(what, folder) == expected
-        n_kills, n_early, n_runs, n_equal, hit_equal = n_kills+hits, n_early+early, n_runs+1, n_equal+is_equal, hit_equal+hits*is_equal
-        say(f'{what}: {n_kills} of {n} kills, {n_runs} runs, {n_equal} equal', flush=True)
+        count.update(kills=n_hits, early=n_early, runs=1, equal_runs=int(is_equal), equal_kills=n_hits*is_equal)
+        say(f'{what}: {count["kills"]} of {n} kills, {count["runs"]} runs, {count["equal_runs"]} equal', flush=True)
         shutil.rmtree(folder)
-    row = dict(what=f'kill {what}', n=n_kills, ok=hit_equal, before_anything=n_early, runs=n_runs, runs_equal=n_equal, seed=seed, seconds_undisturbed=round(duration, 2),
-               note='SIGKILL of the whole process group at uniform moments, resumed, result equal to the undisturbed one')
-    return row
+    note = 'SIGKILL of the whole process group at uniform moments, resumed, result equal to the undisturbed one'
+    return dict(what=f'kill {what}', n=count['kills'], ok=count['equal_kills'], before_anything=count['early'], runs=count['runs'],
+                runs_equal=count['equal_runs'], seed=seed, seconds_undisturbed=round(duration, 2), note=note)
 
-# What else may go wrong. Each function gives rows of the table.
+# What else may go wrong. Each function returns rows of the table.
 
-MS_REC, MS_PRIVATE, CLONE_NEWNS, CLONE_NEWUSER = 1<<14, 1<<18, 0x20000, 0x10000000
+def refused(f, *args):
+    "Return the one line that a call is refused with; an error of another kind passes."
+    try: f(*args)
+    except (ValueError, OSError) as e: # what a command prints in one line
+        assert len(str(e).splitlines()) == 1, e
+        return str(e)
+    raise AssertionError(f'{f.__name__} was not refused')
 
-def small_disk(folder, size):
-    "A file system of `size` bytes at a folder, that only this process sees; `OSError` where that is not allowed."
+def refuse_work(what, folder): return refused(WORK[what], folder)
+
+def without_folders(line): return re.sub(r'/\S*/', '', line) # of this machine
+
+def answer(f, args, file):
+    "Write what a function returns or raises to an open file, as JSON."
+    try: found = ['ok', f(*args)]
+    except BaseException: found = ['error', traceback.format_exc()]
+    file.write(json.dumps(found))
+    file.flush()
+
+def forked(f, *args, limit=300):
+    "Return what a function returns in a process of its own, or raise what it raised there."
+    with tempfile.TemporaryFile('w+') as file: # open before a child gives its rights away
+        pid = fork(answer, f, args, file, err=os.devnull)
+        if status_of(pid, limit) is None: kill(pid)
+        file.seek(0)
+        kind, value = json.loads(file.read() or '["error", "killed"]')
+    if kind == 'error': raise RuntimeError(value)
+    return value
+
+def contents(folder):
+    "Return file -> digest, without locks."
+    files = [f for f in sorted(folder.rglob('*')) if f.is_file() and f.suffix != '.lock']
+    return {str(f.relative_to(folder)): digest(f) for f in files}
+
+# a full disk
+
+MS_REC = 1<<14
+MS_PRIVATE = 1<<18
+CLONE_NEWNS = 0x20000
+CLONE_NEWUSER = 0x10000000
+
+def mount_small_disk(folder, size):
+    "Mount a file system of `size` bytes at a folder, that only this process sees; `OSError` where that is not allowed."
     libc = ctypes.CDLL(None, use_errno=True)
+
     def call(f, *args):
         if f(*args): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     try: call(libc.unshare, CLONE_NEWNS)
@@ -158,202 +278,239 @@ def small_disk(folder, size):
     call(libc.mount, b'none', b'/', None, MS_REC|MS_PRIVATE, None)
     call(libc.mount, b'none', str(folder).encode(), b'tmpfs', 0, f'size={size}'.encode())
 
-def small_files(size): # no file may grow beyond
+def limit_file_size(size): # no file may grow beyond
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-def refused(f, *args): # the one line that it says; an error of another kind passes
-    try: f(*args)
-    except (ValueError, OSError) as e: # what a command prints in one line
-        assert len(str(e).splitlines()) == 1, e
-        return str(e)
-    raise AssertionError(f'{f.__name__} was not refused')
+def fill_disk(folder, room):
+    "Leave `room` bytes on a folder's disk."
+    ballast = folder/'ballast'
+    block = bytes(os.sysconf('SC_PAGE_SIZE'))
+    with open(ballast, 'wb', buffering=0) as file, suppress(OSError):
+        while file.write(block): pass
+    os.truncate(ballast, max(0, ballast.stat().st_size - room))
 
-def plain(line): return re.sub(r'/\S*/', '', line) # without the folders of this machine
-
-def forked(f, *args, limit=300): # what `f` returns or raises, in a process of its own
-    answer = tempfile.NamedTemporaryFile('r+')
-    pid = os.fork()
-    if not pid:
-        out = ['error', 'none']
-        try:
-            os.setsid(); torch.set_num_threads(1)
-            with open(os.devnull, 'w') as null, redirect_stdout(null), redirect_stderr(null): out = ['ok', f(*args)]
-        except BaseException: out = ['error', traceback.format_exc()]
-        finally: answer.write(json.dumps(out)); answer.flush(); os._exit(0)
-    if ended(pid, limit) is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
-    answer.seek(0)
-    kind, value = json.loads(answer.read() or '["error", "killed"]')
-    if kind == 'error': raise RuntimeError(value)
-    return value
-
-def files_of(folder): return {str(f.relative_to(folder)): digest(f) for f in sorted(folder.rglob('*')) if f.is_file() and f.name[-5:] != '.lock'}
-
-def _full(what, folder, how, n_steps):
-    "Work on a disk that fills up at several places; then with room again."
-    if how == 'disk':
-        keep = folder.with_name(folder.name+'_')
-        shutil.copytree(folder, keep); small_disk(folder, 64<<20); shutil.copytree(keep, folder, dirs_exist_ok=True)
-    said, room = [], os.sysconf('SC_PAGE_SIZE')
-    for i in range(n_steps): # each time it comes a little further
-        if how == 'disk':
-            with open(folder/'ballast', 'wb', buffering=0) as f, suppress(OSError):
-                while f.write(bytes(room)): pass
-            os.truncate(folder/'ballast', max(0, (folder/'ballast').stat().st_size - i*8*room))
-        else: small_files(200 + 3000*i)
-        had = files_of(folder)
+def work_in_little_room(what, folder, limit, n_steps):
+    "Work where room runs out, each time a little later; then with room again. Return the errors and the result."
+    if limit == 'disk':
+        copy = folder.with_name(f'{folder.name}_')
+        shutil.copytree(folder, copy)
+        mount_small_disk(folder, 64<<20)
+        shutil.copytree(copy, folder, dirs_exist_ok=True)
+    errors = []
+    for i in range(n_steps):
+        if limit == 'disk': fill_disk(folder, i*8*os.sysconf('SC_PAGE_SIZE'))
+        else: limit_file_size(200 + 3000*i)
+        before = contents(folder)
         try: WORK[what](folder)
-        except (ValueError, OSError) as e: said.append(str(e))
+        except (ValueError, OSError) as e: errors.append(str(e))
         else: break
         finally:
-            if how == 'disk': (folder/'ballast').unlink()
-            else: small_files(resource.RLIM_INFINITY)
-        now = files_of(folder)
-        lost = [f for f in had if f not in now and 'ballast' not in f and 'checkpoint/' not in f]
+            if limit == 'disk': (folder/'ballast').unlink()
+            else: limit_file_size(resource.RLIM_INFINITY)
+        now = contents(folder)
+        lost = [f for f in before if f not in now and 'ballast' not in f and 'checkpoint/' not in f]
         assert not lost and not [f for f in now if f.endswith('.part')], (lost, list(now))
-    assert said and all(len(s.splitlines()) == 1 for s in said), said
+    assert errors and all(len(error.splitlines()) == 1 for error in errors), errors
     WORK[what](folder)
-    return said, json.loads(json.dumps(result(what, folder)))
+    return errors, result(what, folder)
 
 def full(what, base, expected):
+    "A disk that is full, and files that may not grow."
     rows = []
-    for how in ('size of files', 'disk'):
+    for limit in ('size of files', 'disk'):
         folder = prepared(what, base)
-        try: said, found = forked(_full, what, folder, how, 6)
+        try: errors, found = forked(work_in_little_room, what, folder, limit, 6)
         except RuntimeError as e:
             if 'Operation not permitted' in str(e): continue # no file system of one's own here
             raise
-        clear = [m for m in said if re.search('No space left|File too large', m)]
-        ok = len(clear) if found == expected else 0
-        rows.append(dict(what=f'full {how}, {what}', n=len(said), ok=ok, note='one clear line each, and with room again the result of an undisturbed run', said=sorted(set(plain(m) for m in said))))
+        clear = [error for error in errors if re.search('No space left|File too large', error)]
+        n_ok = len(clear) if found == expected else 0
+        note = 'one clear line each, and with room again the result of an undisturbed run'
+        rows.append(dict(what=f'full {limit}, {what}', n=len(errors), ok=n_ok, note=note, said=sorted({*map(without_folders, errors)})))
     return rows
 
-def _as_nobody(what, folder):
-    if not os.getuid(): os.setgroups([]); os.setgid(65534); os.setuid(65534)
+# a folder that may not be written to
+
+def work_as_nobody(what, folder):
+    if not os.getuid():
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
     return refused(WORK[what], folder)
 
-def readonly(what, base, expected):
-    folder = prepared(what, base)
-    for f in (base, folder, *folder.rglob('*')): f.chmod(0o555 if f.is_dir() else 0o444)
-    base.chmod(0o755)
-    had = files_of(folder)
-    said = forked(_as_nobody, what, folder)
-    ok = files_of(folder) == had and 'Permission denied' in said
-    for f in (folder, *folder.rglob('*')): f.chmod(0o755 if f.is_dir() else 0o644)
-    forked(WORK[what], folder)
-    ok = ok and json.loads(json.dumps(result(what, folder))) == expected
-    return [dict(what=f'read-only folder, {what}', n=1, ok=int(ok), note='one clear line, nothing changed; writable again, the result of an undisturbed run', said=[plain(said)])]
+def allow(folders, for_folders, for_files):
+    for f in folders: f.chmod(for_folders if f.is_dir() else for_files)
 
-def _second(what, folder): return refused(WORK[what], folder)
+def readonly(what, base, expected):
+    "A folder that may only be read."
+    folder = prepared(what, base)
+    allow((base, folder, *folder.rglob('*')), 0o555, 0o444)
+    base.chmod(0o755)
+    before = contents(folder)
+    error = forked(work_as_nobody, what, folder)
+    is_refused = contents(folder) == before and 'Permission denied' in error
+    allow((folder, *folder.rglob('*')), 0o755, 0o644)
+    forked(WORK[what], folder)
+    ok = is_refused and result(what, folder) == expected
+    note = 'one clear line, nothing changed; writable again, the result of an undisturbed run'
+    return [dict(what=f'read-only folder, {what}', n=1, ok=int(ok), note=note, said=[without_folders(error)])]
+
+# a second process
 
 def second(what, base, expected):
     "A second process on a folder in use, several times; then the first ends as if alone."
     if what in ('search', 'study'): return [] # several may work on one
-    folder, err = prepared(what, base), base/'err'
+    folder = prepared(what, base)
+    err = base/'err'
     lock = folder/('tables/.digits.lock' if what == 'tables' else 'run/.lock')
-    pid, said = begin(what, folder, err), []
+    pid = begin(what, folder, err)
     while not lock.exists(): time.sleep(.01)
-    while ended(pid, 0) is None and len(said) < 3:
-        with suppress(RuntimeError): said.append(forked(_second, what, folder)) # it ended meanwhile
+    errors = []
+    while status_of(pid, 0) is None and len(errors) < 3:
+        with suppress(RuntimeError): errors.append(forked(refuse_work, what, folder)) # the first ended meanwhile
     with suppress(ChildProcessError): check(pid, err, what)
-    ok = sum('is in use by another process' in m for m in said) if json.loads(json.dumps(result(what, folder))) == expected else 0
-    return [dict(what=f'second process, {what}', n=len(said), ok=ok, note='refused in one line; the first ends as if it were alone', said=sorted({plain(m) for m in said}))]
+    n_refused = sum('is in use by another process' in error for error in errors)
+    ok = n_refused if result(what, folder) == expected else 0
+    note = 'refused in one line; the first ends as if it were alone'
+    return [dict(what=f'second process, {what}', n=len(errors), ok=ok, note=note, said=sorted({*map(without_folders, errors)}))]
 
-def _jumpy(what, folder, seed):
+# clocks that jump
+
+def work_with_jumping_clock(what, folder, seed):
     "Work while the clock of the day jumps by up to a year, back and forth."
-    rng, real, real_ns = random.Random(seed), time.time, time.time_ns
+    rng = random.Random(seed)
+    real = time.time
+    real_ns = time.time_ns
     time.time = lambda: real() + rng.uniform(-3e7, 3e7)
     time.time_ns = lambda: real_ns() + rng.randint(-3*10**16, 3*10**16)
-    for m in list(sys.modules.values()): # those that have it by name
-        if getattr(m, 'time', None) is real: m.time = time.time
+    for module in list(sys.modules.values()): # those that have it by name
+        if getattr(module, 'time', None) is real: module.time = time.time
     WORK[what](folder)
 
 def clock(what, base, expected):
-    folder, rng = prepared(what, base), random.Random(what)
-    n = 0
-    for seed in range(3): # two are killed on their way
-        pid = os.fork()
-        if not pid:
-            try: os.setsid(); torch.set_num_threads(1); sys.stdout = sys.stderr = open(base/'err', 'w'); _jumpy(what, folder, seed)
-            except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1)
-            os._exit(0)
-        if seed == 2: check(pid, base/'err', what)
-        elif (status := ended(pid, rng.uniform(.5, 1.5))) is None: os.killpg(pid, signal.SIGKILL); os.waitpid(pid, 0)
-        elif status: raise RuntimeError(f'{what} failed: {(base/"err").read_text()[-3000:]}')
-        n += 1
-    seconds = [s for f in folder.rglob('run.json') for s in json.loads(f.read_text())['seconds'].values()]
-    for f in checkpoints(folder/'run'): seconds.append(load_tensors(f)[1]['seconds'])
-    ok = json.loads(json.dumps(result(what, folder))) == expected and all(s >= 0 for s in seconds)
-    return [dict(what=f'clock jumps, {what}', n=n, ok=n*ok, note='up to a year back and forth at every look, two of three killed; equal result, no duration below 0')]
+    "Three runs under a clock that jumps; two are killed on their way."
+    folder = prepared(what, base)
+    err = base/'err'
+    rng = random.Random(what)
+    for seed in range(3):
+        pid = fork(work_with_jumping_clock, what, folder, seed, err=err)
+        if seed == 2:
+            check(pid, err, what)
+            continue
+        status = status_of(pid, rng.uniform(.5, 1.5))
+        if status is None: kill(pid)
+        elif status: raise RuntimeError(f'{what} failed: {err.read_text()[-3000:]}')
+    records = [json.loads(f.read_text())['seconds'] for f in folder.rglob('run.json')]
+    seconds = [s for record in records for s in record.values()]
+    seconds += [load_tensors(f)[1]['seconds'] for f in checkpoints(folder/'run')]
+    ok = result(what, folder) == expected and all(s >= 0 for s in seconds)
+    note = 'up to a year back and forth at every look, two of three killed; equal result, no duration below 0'
+    return [dict(what=f'clock jumps, {what}', n=3, ok=3*ok, note=note)]
+
+# damaged checkpoints
+
+def damaged(data, i, rng):
+    "Return bytes that are truncated, flipped, zeroed in part, zeroed, or gone."
+    data = bytearray(data)
+    at = int(rng.integers(len(data)))
+    if i%4 == 0: return data[:at]
+    if i%4 == 1: data[at] ^= 1 << int(rng.integers(8))
+    elif i%4 == 2: data[at:at+64] = bytes(len(data[at:at+64]))
+    else: data = bytearray(len(data)) if i%8 == 3 else bytearray()
+    return data
+
+def fall_back(folder):
+    "Resume a run whose newest checkpoint is damaged, and return its result."
+    with redirect_stderr(io.StringIO()) as err:
+        why = refused(load_run, folder/'run')
+        WORK['train'](folder)
+    assert 'trying the one before' in err.getvalue(), err.getvalue()
+    assert 'holds weights of epoch 5, expected 6: resume the training' in why, why
+    return result('train', folder)
 
 def corrupt(what, base, expected, n=40):
-    "The newest checkpoint truncated, flipped, zeroed: resuming falls back, says so, and ends with the same weights."
+    "The newest checkpoint is damaged: resuming falls back, says so, and ends with the same weights."
     if what != 'train': return []
-    whole, rng, n_ok = prepared(what, base), np.random.default_rng(0), 0
+    whole = prepared(what, base)
+    rng = np.random.default_rng(0)
     forked(WORK[what], whole)
+    n_ok = 0
     for i in range(n):
         folder = Path(tempfile.mkdtemp(dir=base))
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         newest = checkpoints(folder/'run')[-1]
-        data = bytearray(newest.read_bytes()); at = int(rng.integers(len(data)))
-        if i%4 == 0: data = data[:at]
-        elif i%4 == 1: data[at] ^= 1 << int(rng.integers(8))
-        elif i%4 == 2: data[at:at+64] = bytes(len(data[at:at+64]))
-        else: data = bytearray(len(data)) if i%8 == 3 else bytearray()
-        same = bytes(data) == newest.read_bytes()
+        data = damaged(newest.read_bytes(), i, rng)
+        is_same = data == newest.read_bytes()
         newest.write_bytes(data)
-        n_ok += same or forked(_fall_back, folder) == expected
+        n_ok += is_same or forked(fall_back, folder) == expected
         shutil.rmtree(folder)
-    return [dict(what='damaged newest checkpoint, train', n=n, ok=n_ok, note='truncated, a bit flipped, 64 bytes zeroed, all zeroed, empty: scoring refuses, training says so, takes the one before and ends equal')]
-
-def _fall_back(folder):
-    with redirect_stderr(io.StringIO()) as err:
-        why = refused(load_run, folder/'run')
-        WORK['train'](folder)
-    assert 'trying the one before' in err.getvalue() and 'holds weights of epoch 5, expected 6: resume the training' in why, (err.getvalue(), why)
-    return json.loads(json.dumps(result('train', folder)))
+    note = ('truncated, a bit flipped, 64 bytes zeroed, all zeroed, empty: scoring refuses, '
+            'training says so, takes the one before and ends equal')
+    return [dict(what='damaged newest checkpoint, train', n=n, ok=n_ok, note=note)]
 
 TROUBLES = dict(full=full, readonly=readonly, second=second, clock=clock, corrupt=corrupt)
 
 def trouble(names, works, base):
-    "Rows of some troubles with some kinds of work."
-    base, rows = Path(base), []
+    "Return the rows of some troubles with some kinds of work."
+    base = Path(base)
+    rows = []
     for what in works:
-        if what == 'search' and not (base/'trained').exists(): (base/'trained').mkdir(); forked(train, base/'trained')
+        if what == 'search': train_for_search(base, base/'err')
         folder = prepared(what, base)
         forked(WORK[what], folder)
-        expected = json.loads(json.dumps(result(what, folder)))
+        expected = result(what, folder)
         for name in names:
-            for row in TROUBLES[name](what, base, expected): rows.append(row); print(row, flush=True)
+            found = TROUBLES[name](what, base, expected)
+            for row in found: print(row, flush=True)
+            rows += found
     return rows
 
+# hostile input
+
+class Watch:
+    "A pytest plugin that counts outcomes and keeps what tests say."
+    def __init__(self):
+        self.outcomes = Counter()
+        self.said = ''
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == 'call' or not report.passed: self.outcomes[report.outcome] += 1
+        if report.when == 'call': self.said += ''.join(text for _,text in report.user_properties)
+
 def strangers():
-    "Rows of `test_reliability.py`: what is generated, hostile files, and what is written where."
-    out, tests = io.StringIO(), Counter()
-    class Watch:
-        def pytest_runtest_logreport(self, report):
-            if report.when == 'call' or not report.passed: tests[report.outcome] += 1
-            for k,v in report.user_properties if report.when == 'call' else (): out.write(v)
-    pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not disturbed', str(Path(__file__).with_name('test_reliability.py'))], plugins=[Watch()])
-    return [dict(what="strangers' input and files, tests", n=sum(tests.values()), ok=tests['passed'], note=out.getvalue())]
+    "Return the row of tests/test_reliability.py: generated input, hostile files, and what is written where."
+    watch = Watch()
+    tests = str(ROOT/'tests'/'test_reliability.py')
+    pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not disturbed', tests], plugins=[watch])
+    name = "strangers' input and files, tests"
+    return [dict(what=name, n=sum(watch.outcomes.values()), ok=watch.outcomes['passed'], note=watch.said)]
+
+# the table
 
 def note(rows, out):
     "Put rows into the results, in place of those of the same name."
-    about, had, names = environment(), json.loads(out.read_text())['rows'] if out.exists() else [], {r['what'] for r in rows}
+    about = environment()
     commit = about.pop('commit')
-    write_json(out, dict(**about, config=vars(CONFIG), rows=[r for r in had if r['what'] not in names] + [r | dict(commit=commit) for r in rows]))
+    names = {row['what'] for row in rows}
+    before = json.loads(out.read_text())['rows'] if out.exists() else []
+    kept = [row for row in before if row['what'] not in names]
+    write_json(out, dict(**about, config=vars(CONFIG), rows=kept + [row | dict(commit=commit) for row in rows]))
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('work', nargs='*', default=list(WORK), help=f'of {", ".join(WORK)}')
-    p.add_argument('--n', type=int, default=50, help='kills of each')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--trouble', nargs='*', default=list(TROUBLES), help=f'besides kills: of {", ".join(TROUBLES)}')
-    p.add_argument('--strangers', action='store_true', help="and strangers' input")
-    p.add_argument('--out', type=Path, default=OUT)
-    args = p.parse_args()
-    with tempfile.TemporaryDirectory(prefix='kshot_') as d:
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('work', nargs='*', default=list(WORK), help=f'of {", ".join(WORK)}')
+    parser.add_argument('--n', type=int, default=50, help='kills of each')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--trouble', nargs='*', default=list(TROUBLES), help=f'besides kills: of {", ".join(TROUBLES)}')
+    parser.add_argument('--strangers', action='store_true', help="and strangers' input")
+    parser.add_argument('--out', type=Path, default=OUT)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix='kshot_') as folder:
         for what in args.work if args.n else []:
-            row = kills(what, args.n, args.seed, d)
-            print(row, flush=True); note([row], args.out)
-        if args.trouble: note(trouble(args.trouble, args.work, d), args.out)
+            row = kills(what, args.n, args.seed, folder)
+            print(row, flush=True)
+            note([row], args.out)
+        if args.trouble: note(trouble(args.trouble, args.work, folder), args.out)
     if args.strangers: note(strangers(), args.out)
+
+if __name__ == '__main__': main()
