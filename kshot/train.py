@@ -25,7 +25,7 @@ from .sampler import UniformSampler, get_sampler
 from .nets.sharing import drop_paths_of, set_drop_path
 from .simplex import SimplexNet, UniformCode
 from .space import Path, Space
-from .supernet import Supernet
+from .supernet import DeferredGradients, Supernet
 
 # %% ../nbs/50_train.ipynb #9420a815
 def by_decay(
@@ -131,7 +131,7 @@ def before_fit(self:KShotCallback):
         raise ValueError('distrib_ctx sends the gradients of all K supernets, expected a fit inside kshot.base.distributed.distributed()')
     self.model.requires_grad_(True)
     self.model.zero_grad()
-    self.kept, self.still, self.model.waiting = [], [], [] if world().size > 1 else None
+    self.kept, self.still = [], []
 
 # %% ../nbs/50_train.ipynb #2008a552
 @patch
@@ -153,11 +153,12 @@ def before_batch(self:KShotCallback):
     self.paths = self.sampler(self.learn.pct_train)
     self.leaves = self.codes_now(self.paths).requires_grad_(self.is_warm and self.mode == 'joint')
     self._agree()
-    for p,c in zip(self.paths[:-1], self.leaves): self.loss_func(self.model(*self.xb, p, c), *self.yb).backward()
-    self._give(self.paths[-1], self.leaves[-1])
+    self.gradients = DeferredGradients() if world().size > 1 else None
+    for p,c in zip(self.paths[:-1], self.leaves): self.loss_func(self.model(*self.xb, p, c, self.gradients), *self.yb).backward()
+    self._give(self.paths[-1], self.leaves[-1], self.gradients)
 
 @patch
-def _give(self:KShotCallback, path, code): self.learn.xb = (*self.xb[:1], path, code)
+def _give(self:KShotCallback, *args): self.learn.xb = (*self.xb[:1], *args)
 
 @patch
 def _learn_banks(self:KShotCallback, on:bool):
@@ -216,11 +217,6 @@ def after_train(self:KShotCallback):
     "Average what batch norms have tracked."
     average_stats(self.model)
 
-@patch
-def after_fit(self:KShotCallback):
-    "Let gradients go into the banks at once again."
-    self.model.waiting = None
-
 # %% ../nbs/50_train.ipynb #a3f42a5e
 @patch
 def _agree(self:KShotCallback):
@@ -234,8 +230,12 @@ def _share(self:KShotCallback):
     self.agreed()
     if world().size == 1: return
     loss = self.learn.loss.detach()
-    if self.is_simplex_step: average_([*(p.grad for p in self.codes.parameters()), loss])
-    else: self.model.merge(average_, [loss] + ([] if self.leaves.grad is None else [self.leaves.grad]))
+    if self.is_simplex_step:
+        average_([*(p.grad for p in self.codes.parameters()), loss])
+        return
+    of_codes = [] if self.leaves.grad is None else [self.leaves.grad]
+    average_([*self.gradients.rows, loss, *of_codes])
+    self.model.accumulate(self.gradients)
 
 # %% ../nbs/50_train.ipynb #105ace7f
 class OwnLoss(AvgSmoothLoss):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..base.distributed import average_
 from ..networks import X_SHAPES, get_net
 from ..spaces import get_space
-from ..supernet import Supernet
+from ..supernet import DeferredGradients, Supernet
 
 # %% ../../nbs/cli/50_traffic.ipynb #70e2b984
 def needs(
@@ -46,12 +46,12 @@ def _count_merged(supernet:Supernet, x, path, code) -> int: # bytes of a step
         sent.append(t.numel()*t.element_size())
         return all_reduce(t, *args, **kwargs)
     code = code.clone().requires_grad_()
-    supernet.waiting = []
-    loss = supernet(x, path, code).square().mean()
+    gradients = DeferredGradients()
+    loss = supernet(x, path, code, gradients).square().mean()
     loss.backward()
     dist.all_reduce = counting
-    try: supernet.merge(average_, [loss.detach(), code.grad])
-    finally: dist.all_reduce, supernet.waiting = all_reduce, None
+    try: average_([*gradients.rows, loss.detach(), code.grad])
+    finally: dist.all_reduce = all_reduce
     return sum(sent)
 
 def _count_ddp(supernet:Supernet, x, path, code) -> int: # bytes of a step
