@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
-from .networks import Chain, Ops, WidthChain, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
+from .networks import Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
 from .nets.ops import Crop
 from .space import Path
 
@@ -37,7 +37,7 @@ class Cost:
         for n,m in [*self.net.named_modules()]:
             if isinstance(m, Crop): self.net.set_submodule(n, m.at()) # what a path has of a shared kernel
         self.x, self.table = torch.empty(1, *x_shape, device='meta'), {} # op -> what it adds; None: what all share
-        self.inputs = self._block_inputs() if ops is None and type(net) in (Chain, WidthChain) else None
+        self.inputs = self._block_inputs() if ops is None and getattr(net, 'is_chain', False) else None
 
     def measure(self,
         path:Path, # op index per block

@@ -319,13 +319,14 @@ def _read(dl:FileLoader) -> TensorLoader:
 DATA = {'digits': digits_data} | {name: partial(image_data, name) for name in IMAGE_SETS} | {'imagenet': imagenet_data}
 
 def get_data(
-    name:str, # a key of `DATA`
+    name:str|Callable[..., DataLoaders], # a key of `DATA`, or a function that makes loaders
     **kwargs, # of that set: `bs`, `seed`, `passes`, `shard`; for images those of `image_data` or `imagenet_data`
 ) -> DataLoaders: # train, valid, test; `c` classes
     "Data by name; `ValueError` if there is none, for a setting that it does not have, or a seed below 0."
-    if name not in DATA: raise ValueError(f'data {name!r}, expected one of {", ".join(DATA)}')
-    known = list(signature(DATA[name]).parameters)
+    if not callable(name) and name not in DATA: raise ValueError(f'data {name!r}, expected one of {", ".join(DATA)}')
+    make, name = (name, getattr(name, '__name__', 'own')) if callable(name) else (DATA[name], name)
+    known = list(signature(make).parameters)
     for k in kwargs:
         if k not in known: raise ValueError(f'data {name!r} has no setting {k!r}, expected some of {", ".join(known)}')
     if kwargs.get('seed', 0) < 0: raise ValueError(f'seed={kwargs["seed"]}, expected at least 0')
-    return DATA[name](**kwargs)
+    return make(**kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from .base.distributed import average_, mean, world
-from .networks import Chain, check_path
+from .networks import check_path
 from .space import Path, Space
 from .supernet import Supernet, fresh_stats
 
@@ -156,7 +156,7 @@ def score_paths(
     if not paths: return pd.DataFrame(dict(path=[], acc_super=[], loss_super=[]))
     with torch.no_grad(): all_codes = codes(paths)
     with evaluating(supernet), torch.autocast(all_codes.device.type, torch.bfloat16, bf16 or supernet.bf16):
-        is_tree = supernet.K == 1 and type(supernet.net) is Chain and isinstance(batches, list) and not is_shared
+        is_tree = supernet.K == 1 and getattr(supernet.net, 'is_tree', False) and isinstance(batches, list) and not is_shared
         if is_tree: scores = score_chain(supernet, paths, batches, calibration)
         else: scores = {p: score_path(supernet, p, code, batches, calibration, is_shared) for p,code in zip(paths, all_codes)}
     acc, loss = zip(*(scores[p] for p in paths))

@@ -14,7 +14,8 @@ from statistics import median
 import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
-from .networks import block_sizes, check_path, count_params, get_net, op_modules, subnet
+from .benchmark import get_net
+from .networks import block_sizes, check_path, count_params, op_modules, subnet
 from .checkpoint import load_tensors, save_tensors
 from .train import check_tensors
 from .base.files import to_json, write_file, write_json

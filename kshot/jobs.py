@@ -22,9 +22,9 @@ from .networks import subnet
 from .rank import over_seeds, rank_scores
 from .record import add_result, check_free, environment, has_run, lock_run, read_config, read_run, write_run
 from .retrain import get_recipe, retrain
-from .runs import ensure_trained, get_truth, hash_weights, load_run, score_run
+from .runs import ensure_trained, hash_weights, load_run, score_run
 from .search import make_search
-from .tables import get_table, latency, write_parquet
+from .tables import get_table, get_truth, is_of_space, latency, write_parquet
 
 # %% ../nbs/88_jobs.ipynb #f928ebc2
 def _by_scorer(frame): return {r.pop('scorer'): r for r in json.loads(frame.to_json(orient='records'))}
@@ -54,8 +54,8 @@ def rank_seeds(
     "Train, score and rank with several seeds; `ValueError` if the folder holds another experiment, and as in `rank_run`."
     if seeds < 1: raise ValueError(f'seeds={seeds}, expected at least 1')
     folder = FilePath(folder)
-    if (space := get_table(asked['table']).space) != config.space:
-        raise ValueError(f"table {asked['table']!r} is of space {space!r}, expected {config.space!r}")
+    if not is_of_space(get_table(asked['table']), config.space):
+        raise ValueError(f"table {asked['table']!r} is of space {get_table(asked['table']).space!r}, expected {config.space!r}")
     truth = get_truth(**asked) # a question that it does not answer fails before anything is trained
     with lock_run(folder): return _rank_seeds(config, folder, asked, seeds, how, truth)
 

@@ -222,7 +222,7 @@ def scorers_of(
 # %% ../nbs/60_rank.ipynb #83e24579
 def align_scores(
     scores:pd.DataFrame|Mapping, # columns path, acc_super; loss_super, macs, n_params where known; or name -> frame of several runs
-    truth:pd.DataFrame,          # index path, a column a seed, as `kshot.runs.get_truth` returns
+    truth:pd.DataFrame,          # index path, a column a seed, as `kshot.tables.get_truth` returns
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, list]: # name -> scores with acc_alone, truth of the same paths, paths left out
     "Scores and truth of the paths that all have, in one order; `ValueError` without columns or common paths, `TypeError` for no frame."
     runs = dict(scores) if isinstance(scores, Mapping) else dict(supernet=scores)

@@ -13,9 +13,9 @@ from kshot.data import digits_data, digits_splits
 from kshot.base.distributed import world
 from kshot.evaluate import accuracy_loss
 from kshot.export import load_subnet, save_subnet, to_onnx, to_torch_export
-from kshot.networks import NETS, X_SHAPES, get_net, subnet
+from kshot.benchmark import BENCHMARKS, get_benchmark, get_net, get_space
+from kshot.networks import subnet
 from kshot.retrain import get_recipe, retrain
-from kshot.spaces import get_space
 from kshot.supernet import Supernet
 from processes import call_ranks
 
@@ -139,13 +139,13 @@ def test_reloading_gives_the_same_accuracy(trained, tmp_path):
     again, _ = load_subnet(tmp_path)
     assert torch.equal(again(x), out) and accuracy_loss(again, digits_data().loaders[2]) == accuracy_loss(module, digits_data().loaders[2])
 
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('name', BENCHMARKS)
 def test_subnets_of_every_space(name, tmp_path):
     "From a network and from K supernets, bit by bit"
     n_cells = dict(nb201=1, nb101=1, darts=3, nds=3).get(name, 0)
     net, path = get_net(name, 8, n_cells), get_space(name).sample(np.random.default_rng(0), 1)[0]
     about = about_of(path, space=name, channels=8, n_cells=n_cells)
-    C, H, W = X_SHAPES[name]
+    C, H, W = get_benchmark(name).x_shape
     x = torch.rand(2, C, min(H, 64), min(W, 64))
     for i,module in enumerate((subnet(net, path), Supernet(net, 2).subnet(path, torch.tensor([.3, .7])))):
         save_subnet(tmp_path/str(i), module.eval(), about)

@@ -16,7 +16,7 @@ from kshot.data import digits_data, digits_splits, held
 from kshot.evaluate import accuracy_loss, recalibrate_bn, score_paths
 from kshot.networks import digits_net, subnet
 from kshot.retrain import get_recipe, retrain
-from kshot.spaces import get_space
+from kshot.benchmark import get_space
 from kshot.train import SkipValidation, cosine, kshot_learner, train_alone
 
 aten = torch.ops.aten

@@ -10,9 +10,8 @@ from kshot.evaluate import accuracy_loss
 from kshot.export import load_subnet
 from kshot.datasets.folder import FileLoader, folder_splits
 from kshot.cli.launch import search, train
-from kshot.networks import get_net
+from kshot.benchmark import get_net, get_space
 from kshot.simplex import SimplexNet, width_settings
-from kshot.spaces import get_space
 from kshot.checkpoint import load_newest
 from processes import call
 from test_distributed import launch

@@ -109,7 +109,7 @@ def test_every_floor_is_said():
 GOOD = """
 import numpy as np
 from kshot.space import Path, Space
-from kshot.spaces import get_space
+from kshot.benchmark import get_space
 space: Space = get_space('digits')
 paths: list[Path] = space.sample(np.random.default_rng(0), 3)
 text: str = space.format(paths[0])

@@ -8,8 +8,9 @@ import torch
 from kshot.cost import Cost
 from kshot.evaluate import recalibrate_bn
 from kshot.nb101 import NB101_EDGES, nb101_hash
-from kshot.networks import X_SHAPES, get_net, subnet
-from kshot.spaces import WIDE, WIDTHS, get_space
+from kshot.benchmark import BENCHMARKS, get_benchmark, get_net, get_space
+from kshot.networks import subnet
+from kshot.spaces import WIDTHS
 from kshot.supernet import Supernet
 
 PUBLISHED = { # millions of MACs and parameters: GreedyNAS-B and -C (5.2, 4.7 published), SPOS (3.5 published)
@@ -44,13 +45,13 @@ def test_params_and_hash_of_every_nb101_row(data):
 def test_macs_and_params_that_greedynas_and_spos_publish():
     for name,published in PUBLISHED.items():
         with torch.device('meta'): net = get_net(name, n_classes=1000)
-        space, cost = get_space(name), Cost(net, X_SHAPES[name])
+        space, cost = get_space(name), Cost(net, get_benchmark(name).x_shape)
         for arch,(macs_m,params_m) in published.items():
             macs, n_params = cost([space.parse(arch)])[0]
             assert (round(macs/1e6), round(n_params/1e6, 2)) == (macs_m, params_m)
 
 @pytest.mark.parametrize('width_per', ['layer', 'path'])
-@pytest.mark.parametrize('name', WIDE)
+@pytest.mark.parametrize('name', [b.name for b in BENCHMARKS.values() if b.has_widths])
 def test_kshot_over_widths(name, width_per):
     "K supernets of a network with widths: the mix by hand, gradients inside of the slices only, and the subnet"
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from kshot import launch, tables
-from kshot.spaces import get_space
+from kshot.benchmark import get_space
 from kshot.tables import write_table
 
 SPACES = {'macro': [], 'nb201': ['--n_cells', '1'], 'nb101': ['--n_cells', '1'], 'darts': ['--n_cells', '3']}

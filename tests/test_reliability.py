@@ -13,7 +13,7 @@ from kshot.datasets.images import read_part
 from kshot.networks import digits_net
 from kshot.nb101 import NB101_EDGES
 from kshot.record import read_run
-from kshot.spaces import SPACES, get_space
+from kshot.benchmark import BENCHMARKS, get_space
 from kshot.studies.study import study_rows
 from kshot.supernet import Supernet, check_code
 from kshot.tables import end_with_parent, read_table
@@ -32,7 +32,7 @@ def refusal(f, *args, **kwargs):
         assert len(str(e).splitlines()) == 1 and len(str(e)) < 2000, e
         return str(e)
 
-SPACES_ = {n: get_space(n) for n in SPACES} | {'widths': get_space('mobilenet_se', (.2, .5, 1.)), 'width': get_space('mobilenet', (.5, 1.), 'path')}
+SPACES_ = {n: get_space(n) for n in BENCHMARKS} | {'widths': get_space('mobilenet_se', (.2, .5, 1.)), 'width': get_space('mobilenet', (.5, 1.), 'path')}
 each_space = pytest.mark.parametrize('name', SPACES_)
 
 def living(path): # edges of a NAS-Bench-101 cell on a way from input to output, by powers of its matrix

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import processes, pytest
 import torch
-from kshot.datasets.importers import import_rows, masked_crc32c
+from kshot.datasets.importers import masked_crc32c
 from kshot.cli.launch import tables
-from kshot.spaces import get_space
+from kshot.benchmark import get_space, read_source
 from kshot.tables import baselines, devices, get_table, import_table, latency, list_tables, read_table, write_table
 from processes import command
 

@@ -28,11 +28,10 @@ from ..lab.explore import CodeExplorer
 from ..base.files import n_cores
 from ..datasets.folder import images_per_second
 from ..lab.live import LiveCallback, LiveSearch
-from ..networks import NETS, X_SHAPES, Chain, get_net
+from ..benchmark import BENCHMARKS, get_benchmark, get_net, get_space
 from ..record import environment
 from ..search import Search
 from ..simplex import SimplexNet
-from ..spaces import get_space
 from ..supernet import Supernet
 from .traffic import bench_comm, needs
 from ..train import by_decay, cosine, sgd
@@ -125,7 +124,7 @@ def _high_water(): # KiB; Linux (`getrusage` would report the parent's mark wher
 
 def _contest(bs, space, c, px, bf16): # network, space, images, classes, bfloat16?
     torch.manual_seed(0)
-    d, shape = fastest_device(), X_SHAPES[space]
+    d, shape = fastest_device(), get_benchmark(space).x_shape
     x, y = torch.randn(bs, shape[0], *[px or shape[1]]*2), torch.randint(0, 10, (bs,))
     net = get_net(space, c).to(d, memory_format=torch.channels_last)
     return net, get_space(space), x.to(d).contiguous(memory_format=torch.channels_last), y.to(d), bf16
@@ -176,7 +175,7 @@ def bench_score(
     one, four = Supernet(net, 1), Supernet(net, 4)
     by_path = lambda s,bf16: lambda r: _score_each(s, paths, batches, cal, bf16)
     steps = {'K1': by_path(one, False), 'K4': by_path(four, False), 'K4_bf16': by_path(four, True)}
-    if type(net) is Chain: steps['K1_tree'] = lambda r: score_chain(one, paths, batches, cal)
+    if getattr(net, 'is_tree', False): steps['K1_tree'] = lambda r: score_chain(one, paths, batches, cal)
     times = interleaved(steps, rounds)
     rates = {k: round(n/statistics.median(v), 1) for k,v in times.items()}
     return dict(space=space, c=c, n_cells=n_cells, px=px, n=n, n_valid=n_valid, rounds=rounds, threads=torch.get_num_threads(),
@@ -314,7 +313,7 @@ def bench(
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure what K supernets cost beside one."
-    cells = 3 if space in ('nb201', 'nb101', 'darts', 'nds') else 0
+    cells = 3*get_benchmark(space).has_cells
     kinds = dict(step=lambda: bench_step(bs=bs, rounds=rounds or 20, space=space, c=c, px=px, bf16=bf16),
                  score=lambda: bench_score(space, n_cells=cells, rounds=rounds or 3),
                  data=lambda: bench_data(folder, px or 224, augment=augment), comm=lambda: bench_comm(space, K, c),
@@ -323,8 +322,8 @@ def bench(
     if what not in kinds: raise ValueError(f'bench {what!r}, expected one of {", ".join(kinds)}')
     for k,v,least in (('rounds', rounds, 0), ('bs', bs, 16), ('K', K, 1)):
         if v < least: raise ValueError(f'{k}={v}, expected at least {least}')
-    colour = [k for k in NETS if k != 'digits']
-    if space not in colour: raise ValueError(f'space {space!r}, expected one of {", ".join(colour)}')
+    colour = [name for name,benchmark in BENCHMARKS.items() if benchmark.x_shape[0] == 3]
+    if get_benchmark(space).x_shape[0] != 3: raise ValueError(f'space {space!r}, expected one of {", ".join(colour)}')
     result = kinds[what]() | environment()
     if save.name: save.write_text(json.dumps(result, indent=1)+'\n')
     return result, '\n'.join(f'{k}: {v}' for k,v in _flat({k: v for k,v in result.items() if k not in environment()}))

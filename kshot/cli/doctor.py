@@ -127,7 +127,7 @@ def look_data() -> Iterator[Finding]:
     "Benchmark tables and images that kshot would find by itself."
     from kshot.base.files import data_home
     from kshot.datasets.images import IMAGE_SETS, find_images
-    from kshot.datasets.importers import IMPORTERS
+    from kshot.benchmark import BENCHMARKS
     from kshot.tables import list_tables, read_table
     folder = data_home()
     set_it = 'set KSHOT_DATA to the folder that holds the benchmarks and images'
@@ -140,7 +140,7 @@ def look_data() -> Iterator[Finding]:
             how = ('bad', 'reinstall kshot') if t['kind'] == 'packaged' else ('less', f'remove {t["file"]} and import it again')
             yield Finding('data', f'table {name}', how[0], _line(str(e)), 'ranking against it', how[1])
         else: yield Finding('data', f'table {name}', 'ok', f'{t["kind"]}, {what}')
-    for name in [k for k in IMPORTERS if k not in have]:
+    for name in [k for k,b in BENCHMARKS.items() if b.importers and k not in have]:
         yield Finding('data', f'table {name}', 'less', 'not found', 'ranking against it', f'kshot_tables import {name} FILE')
     for name in IMAGE_SETS:
         try: source = find_images(name, folder)

@@ -12,6 +12,7 @@ from pathlib import Path as FilePath
 import pandas as pd
 import torch
 from .command import command
+from ..benchmark import get_benchmark
 from ..config import Config
 from ..base.distributed import is_first, world
 from ..base.files import Unwritable
@@ -19,8 +20,8 @@ from .report import make_report
 from ..jobs import export_run, rank_run, rank_seeds, retrain_run, search_run
 from ..rank import rank_scores
 from ..record import check_free, environment, read_run, write_run
-from ..runs import ensure_trained, get_truth, score_run, train_run
-from ..tables import baselines, devices, get_table, import_table, list_tables, make_table, reference, summary
+from ..runs import ensure_trained, score_run, train_run
+from ..tables import baselines, devices, get_table, get_truth, import_table, list_tables, make_table, reference, summary
 
 # %% ../../nbs/cli/30_launch.ipynb #ecdead90
 def set_threads(
@@ -29,8 +30,8 @@ def set_threads(
 ):
     "One thread for networks so small that several are slower, unless the environment says how many."
     if run is not None: config = read_run(run).get('config', {})
-    is_small = config.get('space', 'digits') == 'digits' or 0 < config.get('px', 0) <= 16
-    if is_small and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
+    px = config.get('px') or get_benchmark(config.get('space', 'digits')).x_shape[-1]
+    if px <= 16 and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
 
 def run_folder(
     runs:FilePath, # folder of runs

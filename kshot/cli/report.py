@@ -17,7 +17,8 @@ from ..figures.look import label_of
 from ..figures.page import write_report
 from ..rank import align_scores, rank_scores
 from ..record import read_run
-from ..runs import get_truth, load_codes
+from ..tables import get_truth
+from ..runs import load_codes
 
 # %% ../../nbs/cli/20_report.ipynb #ca890911
 def _read(folder, name): # a Parquet file of a run, or None
@@ -73,7 +74,7 @@ def make_report(
     fname:FilePath,          # html, replaced whole
     title:str,               # of the page
     runs:dict[str, FilePath], # name -> folder of a run, all of one space
-    asked:dict|None=None,    # arguments of `kshot.runs.get_truth`; None: what the first run was ranked against, if it was
+    asked:dict|None=None,    # arguments of `kshot.tables.get_truth`; None: what the first run was ranked against, if it was
 ) -> FilePath:               # `fname`
     "Write the report of one run or of several side by side."
     asked = asked or next((t for f in runs.values() if (t := read_run(f)['results'].get('truth'))), None)

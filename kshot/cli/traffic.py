@@ -13,8 +13,7 @@ import torch
 from torch import distributed as dist, multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from ..base.distributed import average_
-from ..networks import X_SHAPES, get_net
-from ..spaces import get_space
+from ..benchmark import get_benchmark, get_net, get_space
 from ..supernet import DeferredGradients, Supernet
 
 # %% ../../nbs/cli/50_traffic.ipynb #70e2b984
@@ -81,7 +80,7 @@ def bench_comm(
 def _comm(rank, meet, out, space, K, c, px, n):
     dist.init_process_group('gloo', init_method=f'file://{meet}', rank=rank, world_size=2)
     torch.manual_seed(0)
-    supernet, code, x = Supernet(get_net(space, c), K), torch.full((K,), 1/K), torch.randn(2, X_SHAPES[space][0], px, px)
+    supernet, code, x = Supernet(get_net(space, c), K), torch.full((K,), 1/K), torch.randn(2, get_benchmark(space).x_shape[0], px, px)
     paths = get_space(space).sample(np.random.default_rng(0), n)
     merged = [_count_merged(supernet, x, p, code) for p in paths]
     ddp, mixed = _count_ddp(supernet, x, paths[0], code), 4*_mixed(get_net(space, c), paths)

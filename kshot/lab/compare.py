@@ -309,7 +309,7 @@ class RankDashboard(Panel):
     "The ranking protocol as one view; errors as in `align_scores`."
     def __init__(self,
         scores:pd.DataFrame|Mapping, # columns path, acc_super; loss_super, macs, n_params where known; or name -> frame of several runs
-        truth:pd.DataFrame,          # index path, a column a seed, as `kshot.runs.get_truth` returns
+        truth:pd.DataFrame,          # index path, a column a seed, as `kshot.tables.get_truth` returns
         names:dict|None=None,        # name of a run -> label
         n_boot:int=200,              # resamples of the intervals; 0: none
     ):

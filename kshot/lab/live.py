@@ -32,7 +32,7 @@ class LiveCallback(Callback):
     "Draw a training while it runs; `ValueError` for a truth of fewer than 2 paths or a bad share, `TypeError` for other kinds of truth."
     order, run_valid = CheckpointCallback.order+1, True # what a stop leaves behind is saved
     def __init__(self,
-        truth=None,       # path (string) -> stand-alone accuracy (dict or Series), or what `kshot.runs.get_truth` returns; None: not known
+        truth=None,       # path (string) -> stand-alone accuracy (dict or Series), or what `kshot.tables.get_truth` returns; None: not known
         n_paths:int=32,   # of the panel, drawn once
         n_images:int=100, # validation images that a path is scored on
         share:float=.02,  # of the training time, at most

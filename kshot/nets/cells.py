@@ -16,7 +16,7 @@ from ..nb101 import NB101_EDGES, living_cell, nb101_widths
 from .ops import FactorizedReduce, Sliced, conv_bn, make_op, pool_and_classify, relu_conv_bn
 from .sharing import Copy, SplitNet, as_copy, redraw, variant
 from ..space import Path
-from ..spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, get_space
+from ..spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, darts_space, nb101_space, nb201_space
 
 # %% ../../nbs/nets/30_cells.ipynb #b434177e
 def nb201_inputs(
@@ -67,7 +67,7 @@ class NB201Net(SplitNet):
         self.stages = nn.ModuleList(nn.ModuleList(NB201Cell(channels*2**s) for _ in range(n_cells)) for s in range(3))
         self.reductions = nn.ModuleList(Reduction(channels*2**s) for s in range(2))
         self.head = nn.Sequential(nn.BatchNorm2d(4*channels), nn.ReLU(), *pool_and_classify(4*channels, n_classes))
-        self.sizes = get_space('nb201').sizes
+        self.sizes = nb201_space().sizes
         self.layers = [f'stages.{s}.{i}' for s in range(3) for i in range(n_cells)]
         self.op_modules = {(l,o): [f'{c}.edges.{l}.{o}' for c in self.layers] for l in range(6) for o in range(5)}
 
@@ -136,7 +136,7 @@ class NB101Net(SplitNet):
         shapes = [[(of_stack[max(s-1, 0)] if i == 0 else of_stack[s], of_stack[s]) for i in range(n_cells)] for s in range(3)]
         self.stacks = nn.ModuleList(nn.ModuleList(NB101Cell(*io) for io in stack) for stack in shapes)
         self.pool, self.head = nn.MaxPool2d(2), pool_and_classify(4*channels, n_classes)
-        self.sizes = get_space('nb101').sizes
+        self.sizes = nb101_space().sizes
         self.layers = [f'stacks.{s}.{i}' for s in range(3) for i in range(n_cells)]
         self.op_modules = {(20+v,o): [f'{c}.ops.{v-1}.{o}' for c in self.layers] for v in range(1, 6) for o in range(3)}
         self.op_modules |= {(NB101_EDGES.index((0,v)),1): [f'{c}.projections.{v-1}' for c in self.layers] for v in range(1, 7)}
@@ -232,7 +232,7 @@ class DartsNet(SplitNet):
             self.cells.append(DartsCell(before, channels, i in self.reductions, was))
             before, was = (before[1], 4*channels), i in self.reductions
         self.head, self.op_modules, self.layers = pool_and_classify(before[1], n_classes), {}, [f'cells.{i}' for i in range(n_cells)]
-        self.sizes = get_space('nds' if has_concat else 'darts').sizes
+        self.sizes = darts_space(has_concat).sizes
         for kind in (0,1):
             cells = [c for i,c in enumerate(self.layers) if (i in self.reductions) == bool(kind)]
             for place in range(8):

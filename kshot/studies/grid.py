@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
-from inspect import signature
 from pathlib import Path as FilePath
 from typing import NamedTuple, get_args
 import torch
 from ..config import Config, check_config, net_args, space_of
-from ..networks import CHAINS, NETS, get_net
+from ..benchmark import BENCHMARKS, get_benchmark, get_net, is_spelling
 from ..sampler import get_sampler
 
 # %% ../../nbs/studies/10_grid.ipynb #eba6f39d
@@ -125,8 +124,8 @@ def _factors(key:str, usual:float, *by:float) -> dict: # label -> settings
     values = [float(f'{usual*f:.2g}') if float in _KINDS[key] else max(1, round(usual*f)) for f in by]
     return {f'{v:g}': {key: v} for v in values if v != usual}
 
-def _size(config:Config, key:str) -> int: # that a network has, also where the benchmark says it
-    return getattr(config, key) or signature(NETS[config.space]).parameters[key].default
+def _size(config:Config, name:str) -> int: # that a network has, also where the benchmark says it
+    return getattr(config, name) or get_benchmark(config.space).default(name)
 
 def _sampling(config:Config) -> dict:
     space = space_of(config)
@@ -154,9 +153,10 @@ def heuristics(
 ) -> dict:         # heuristic -> value -> settings
     "The 14 heuristics around a baseline, those that its space has and its other settings allow."
     c, how = split_settings(Row('baseline', '', '', '', 1, 0, baseline))
-    usual = dict(nb201='edge', nb101='node').get(c.space) # op_on
+    benchmark = get_benchmark(c.space)
+    usual = benchmark.op_on or None
     out = {name: {label: {key: v or label} for label,v in values.items() if label != usual} for name,(key,values) in _MAPPING.items()}
-    if c.space not in CHAINS: out['layers'] = _factors('n_cells', _size(c, 'n_cells'), .5, 2)
+    if benchmark.has_cells: out['layers'] = _factors('n_cells', _size(c, 'n_cells'), .5, 2)
     n_train = c.n_train or _N_TRAIN.get(c.data, 0)*(c.portion or 1) # without a word on those that validate
     out |= {'train portion': {'half': dict(n_train=int(n_train)//2, passes=2*c.passes)} if n_train else {},
             'batch size': _factors('bs', c.bs, .5, 2), 'channels': _factors('channels', _size(c, 'channels'), .5, 2),
@@ -174,9 +174,9 @@ def read_study(
     source:FilePath|str, # a TOML file, or the name of a space, with its usual training and the fourteen heuristics
 ) -> list[Row]:          # of all its baselines
     "Rows of a study; `ValueError` if there is no such file, or as in `make_rows`."
-    if str(source) in NETS: return make_rows(dict(space=str(source)))
+    if str(source) in BENCHMARKS or is_spelling(str(source)): return make_rows(dict(space=str(source)))
     try: said = tomllib.loads(FilePath(source).read_text())
-    except OSError as e: raise ValueError(f'study {str(source)!r}, expected a TOML file or one of {", ".join(NETS)}') from e
+    except OSError as e: raise ValueError(f'study {str(source)!r}, expected a TOML file or one of {", ".join(BENCHMARKS)}') from e
     except tomllib.TOMLDecodeError as e: raise ValueError(f'{str(source)!r}: {e}') from e
     how = {k: v for k,v in said.items() if not isinstance(v, dict)}
     for k in how:

@@ -121,7 +121,7 @@ EXPLORER = '''
 import torch
 from kshot.lab.explore import CodeExplorer
 from kshot.simplex import SimplexNet
-from kshot.spaces import get_space
+from kshot.benchmark import get_space
 torch.manual_seed(0)
 space = get_space('digits')
 explorer = CodeExplorer(space, SimplexNet(space, 4))
@@ -178,7 +178,6 @@ TRAINING = '''
 from kshot.data import digits_data
 from kshot.lab.live import LiveCallback
 from kshot.networks import digits_net
-from kshot.spaces import get_space
 from kshot.train import cosine, kshot_learner
 live = LiveCallback()
 learn = kshot_learner(digits_net(), get_space('digits'), digits_data(passes=25), K=2)
