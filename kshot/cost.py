@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 from .networks import Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
-from .nets.ops import Crop
+from .nets.layers import Crop
 from .space import Path
 
 # %% ../nbs/18_cost.ipynb #4ef5a999

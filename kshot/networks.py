@@ -11,7 +11,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, fx, nn
-from .nets.ops import Sliced, conv_bn, make_op, pool_and_classify, round_channels
+from .nets.layers import Sliced, conv_bn, round_channels
+from .nets.ops import make_op, pool_and_classify
 from .nets.sharing import Channelled, Copy, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
 from .space import Path, Space
 from .spaces import digits_space, macro_space, mobilenet_space, shufflenet_space, with_widths

@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..nb101 import NB101_EDGES, living_cell, nb101_widths
-from .ops import FactorizedReduce, Sliced, conv_bn, make_op, pool_and_classify, relu_conv_bn
+from .layers import Sliced, conv_bn
+from .ops import FactorizedReduce, make_op, pool_and_classify, relu_conv_bn
 from .sharing import Copy, SplitNet, as_copy, redraw, variant
 from ..space import Path
 from ..spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, darts_space, nb101_space, nb201_space
@@ -63,7 +64,7 @@ class NB201Net(SplitNet):
         n_classes:int=10, # classes
     ):
         super().__init__()
-        self.stem = conv_bn(3, channels, 3, act=False)
+        self.stem = conv_bn(3, channels, 3, act=None)
         self.stages = nn.ModuleList(nn.ModuleList(NB201Cell(channels*2**s) for _ in range(n_cells)) for s in range(3))
         self.reductions = nn.ModuleList(Reduction(channels*2**s) for s in range(2))
         self.head = nn.Sequential(nn.BatchNorm2d(4*channels), nn.ReLU(), *pool_and_classify(4*channels, n_classes))
@@ -225,7 +226,7 @@ class DartsNet(SplitNet):
         has_concat:bool=False, # do paths say what is concatenated (space `nds`)?
     ):
         super().__init__()
-        self.stem, self.cells, before, was = conv_bn(3, 3*channels, 3, act=False), nn.ModuleList(), (3*channels, 3*channels), False
+        self.stem, self.cells, before, was = conv_bn(3, 3*channels, 3, act=None), nn.ModuleList(), (3*channels, 3*channels), False
         self.reductions = {n_cells//3, 2*n_cells//3}
         for i in range(n_cells):
             if i in self.reductions: channels *= 2

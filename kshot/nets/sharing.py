@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
-from .ops import Crop, Residual, Sliced, Zero, narrow
+from .layers import Crop, Residual, Sliced, narrow
+from .ops import Zero
 from ..space import Block
 
 # %% ../../nbs/nets/20_sharing.ipynb #bc6f85f7
@@ -135,11 +136,11 @@ class Channelled(Sliced):
         nn.Sequential.__init__(self, *sliced)
         self.build, self.is_residual, self.how = sliced.build, False, how
 
-    def taker(self,
+    def selector(self,
         c_in:int,  # channels that come in
         c_out:int, # channels that come out
         is_random:bool=False, # as in `pick`
-    ) -> Callable[..., Tensor|None]: # `take` of `narrow`
+    ) -> Callable[..., Tensor|None]: # `select` of `narrow`
         "What takes the channels of all its weights at one call."
         picks = pick(self.how, self[0].out_channels, c_out, is_random), pick(self.how, self[0].in_channels, c_in, is_random)
         def take(t, *_):
@@ -148,7 +149,7 @@ class Channelled(Sliced):
         return take
 
     def forward(self, x:Tensor, c_in:int, c_out:int) -> Tensor:
-        take = self.taker(c_in, c_out, self.training)
+        take = self.selector(c_in, c_out, self.training)
         for m in self: x = narrow(m, x, c_out, take)
         return x
 
