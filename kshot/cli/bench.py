@@ -11,7 +11,6 @@ import json, statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
-from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
@@ -214,7 +213,7 @@ def _pictures(folder, n):
 # %% ../../nbs/cli/60_bench.ipynb #6404c834
 class _Timed(LiveCallback):
     "Keeps the account of the thread that trains."
-    def _budget(self): self.seconds = dict.fromkeys(('opening', 'begin', 'steps', 'work', 'end'), 0.); return super()._budget()
+    def new_budget(self): self.seconds = dict.fromkeys(('opening', 'begin', 'steps', 'work', 'end'), 0.); return super().new_budget()
     def _add(self, kind, event):
         start, spent = time.perf_counter(), sum(self.budget.spent.values())
         getattr(super(), event)()
@@ -267,10 +266,10 @@ def _controls(training:LiveCallback, n:int=200) -> dict[str, Callable]: # of the
     search = Search(space, costs=dict(ops=sum, first=lambda path: path[0]), budgets=dict(ops=9))
     (live := LiveSearch()).open().window.width = 900
     search.run(lambda path: rng.random(), n, 'random', progress=live)
-    def click(r): live._click(live.front.widget.data[0], SimpleNamespace(point_inds=[r%n]), None)
+    def click(r): live.choose(search.space.parse(live.frame.path[r%n]))
     def axis(r): live.costs.value = ('ops', 'first')[r%2]
     def theme(r): training.panel.window.is_dark = r%2 == 0
-    def pause(r): training.panel.pausing.click()
+    def pause(r): training.panel.pause_button.click()
     return dict(pause=pause, theme=theme, click_of_200_paths=click, other_cost=axis)
 
 def _explorers(name:str) -> dict[str, Callable]: # name of a space
