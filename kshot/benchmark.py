@@ -57,7 +57,7 @@ class Benchmark:
     op_on:str=''             # who owns the weights of an op in the benchmark: edge, node, or '' for a block
     has_widths:bool=False    # do its ops have middle channels, whose number a path can choose?
     table:FilePath|None=None # file of its stand-alone results; None: `kshot.tables` looks in the user's folder
-    reference:Mapping[str, Any] = field(default_factory=dict) # dataset, split and epochs it is ranked by, unless the user says otherwise
+    reference:Mapping[str, Any] = field(default_factory=lambda: dict(split='test')) # dataset, split and epochs it is ranked by, unless the user says otherwise
     importers:Mapping[str, Callable] = field(default_factory=dict) # suffix of a source ('': a folder) -> reader of its rows
     sources:tuple[str, ...]=() # usual names of sources, best first; * stands for anything
     latencies:Mapping[str, Callable] = field(default_factory=dict) # usual name of a file of latencies -> its reader
@@ -96,8 +96,7 @@ def register(
 # %% ../nbs/16_benchmark.ipynb #5b1e0a0b
 register(Benchmark(
     'digits', digits_space(), digits_net, (1,8,8), Training(data='digits', epochs=30, passes=25, bs=100, lr=.05),
-    sharing=('drop_path', 'dropout', 'affine'), table=FilePath(str(files('kshot')/'benchmarks'/'digits.parquet')),
-    reference=dict(split='test')))
+    sharing=('drop_path', 'dropout', 'affine'), table=FilePath(str(files('kshot')/'benchmarks'/'digits.parquet'))))
 
 _cifar = partial(Training, data='cifar10', portion=.5)
 
