@@ -65,7 +65,7 @@ def _search_section(folder):
     text = f'{found["n"]} paths scored, best {found["path"]}: {found["macs"]:,} MACs, supernet accuracy {found["acc_super"]:.3f}' + \
            (f'; trained alone {alone["acc_alone"]:.3f} on the test split.' if alone and alone['path'] == found['path'] else '.')
     frame = frame.rename(columns={'score': 'supernet score (negative loss)'})
-    front = figures.plot_pareto(frame, score='supernet score (negative loss)', budget=found['budgets'].get('macs'), found=found['path'])
+    front = figures.plot_pareto(frame, score='supernet score (negative loss)', budget=found['budgets'].get('macs'), best=found['path'])
     return [('Search', text, front,
              figures.draw_path(space, space.parse(found['path']), title=f'Found: {found["path"]}'))]
 

@@ -10,23 +10,27 @@ from collections.abc import Sequence
 from itertools import combinations, product
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from .look import GREY, color_of, empty, finish, finite, joined, label_of, stacked, word_of
+from .look import (
+    GREY, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
 from ..rank import spearman
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a008
-def _size(values:pd.Series) -> pd.Series: # as numbers, or as places 0, 1, ... in the order of appearance
-    x = pd.to_numeric(values, errors='coerce').astype(float)
-    return pd.Series(pd.factorize(values)[0], values.index, float) if x.isna().any() else x
+def _size(values:pd.Series) -> pd.Series:
+    "Return values as numbers, or their places in the order of appearance."
+    numbers = pd.to_numeric(values, errors='coerce').astype(float)
+    if not numbers.isna().any(): return numbers
+    return pd.Series(pd.factorize(values)[0], values.index, float)
 
 def sort_settings(
     rows:pd.DataFrame, # space, heuristic, value and K; other columns come along
 ) -> pd.DataFrame:     # the same rows, with a new index
-    "Sort rows by space and heuristic as they come, by value (by size if all of a heuristic are numbers), and by K."
+    "Sort rows by space and heuristic as they come, then by the size of values, then by K."
     size = rows.groupby('heuristic', sort=False).value.transform(_size)
     space, heuristic = (pd.factorize(rows[c])[0] for c in ('space', 'heuristic'))
     return rows.iloc[np.lexsort([rows.K, size, heuristic, space])].reset_index(drop=True)
 
-def _settings(effects:pd.DataFrame) -> pd.DataFrame: # heuristic and value, those of all spaces together
+def _settings(effects:pd.DataFrame) -> pd.DataFrame:
+    "Return heuristic and value of every setting, those of all spaces together."
     rows = effects[['heuristic', 'value']].drop_duplicates()
     return sort_settings(rows.assign(space='', K=0))[['heuristic', 'value']]
 
@@ -44,121 +48,145 @@ def effect_text(
     texts = [_effect_text(r.effect, r.high) for r in effects.itertuples()]
     return pd.Series(texts, effects.index, object)
 
+# %% ../../nbs/figures/50_effects.ipynb #e5f1a039
 def effects_table(
     effects:pd.DataFrame, # a row per space, heuristic, value and K
-) -> pd.DataFrame:        # index heuristic, value; columns space, K and 'effect', 'verdict'; '' where a space has no such setting
-    "Return effects and verdicts in one table for a reader."
+) -> pd.DataFrame:        # index heuristic, value; columns space, K and 'effect', 'verdict'
+    "Return effects and verdicts in one table for a reader, '' where a space lacks a setting."
     if effects.empty: return pd.DataFrame()
     texts = effects.assign(effect=effect_text(effects)).set_index(['heuristic', 'value'])
-    parts = {key: g[['effect', 'verdict']] for key,g in texts.groupby(['space', 'K'], sort=False)}
+    by_space = texts.groupby(['space', 'K'], sort=False)
+    parts = {key: g[['effect', 'verdict']] for key,g in by_space}
     order = pd.MultiIndex.from_frame(_settings(effects))
     return pd.concat(parts, axis=1, names=['space', 'K', '']).reindex(order).fillna('')
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a016
-def _numbers(runs:pd.DataFrame, metric:str) -> pd.Series: # the metric; NaN where a run failed
+def _numbers(runs:pd.DataFrame, metric:str) -> pd.Series:
+    "Return a metric of runs, NaN where a run failed."
     if metric not in runs: raise ValueError(f'no column {metric!r} in {list(runs.columns)}')
     numbers = pd.to_numeric(runs[metric], errors='coerce').astype(float)
     return numbers.where(np.isfinite(numbers))
 
-def _failed_runs(runs:pd.DataFrame, metric:str, n:int=2) -> str: # a note that names the first `n`
+def _failed_runs(runs:pd.DataFrame, metric:str, n:int=2) -> str:
+    "Write a note on failed runs that names the first `n`."
     failed = runs[_numbers(runs, metric).isna()]
     if failed.empty: return ''
-    names = [f'{r.heuristic} {r.value}'.rstrip() + f' (K = {r.K}, seed {r.seed})' for r in failed[:n].itertuples()]
-    return f'{len(failed)} of {len(runs)} runs failed: {", ".join(names)}{", ..." if len(failed) > n else ""}'
+    settings = (failed.heuristic + ' ' + failed.value.astype(str)).str.rstrip()
+    firsts = zip(settings[:n], failed.K, failed.seed)
+    names = [f'{setting} (K = {K}, seed {seed})' for setting,K,seed in firsts]
+    if len(failed) > n: names.append('...')
+    return f'{len(failed)} of {len(runs)} runs failed: {", ".join(names)}'
 
-def _heights(settings:pd.DataFrame) -> tuple[dict, list]: # (heuristic, value) -> height, from 0 down; labels
+def _heights(settings:pd.DataFrame) -> tuple[dict, list]: # (heuristic, value) -> height; labels
+    "Place settings from 0 downwards; the first of a heuristic carries its name."
     is_first = ~settings.heuristic.duplicated()
     heights = -(np.arange(len(settings)) + .4*is_first.cumsum())
-    labels = [f'<b>{s.heuristic}</b>  {s.value}' if first else s.value for s,first in zip(settings.itertuples(), is_first)]
+    named = '<b>' + settings.heuristic + '</b>  ' + settings.value
+    labels = settings.value.where(~is_first, named).tolist()
     return dict(zip(zip(settings.heuristic, settings.value), heights)), labels
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a017
-def _points(own:pd.DataFrame, y:np.ndarray, end:float, blank:str) -> dict: # arguments of a scatter
-    "Effects of one K in one space with intervals; beyond the axis a triangle and the number."
+_effect_hover = ('%{customdata[0]} %{customdata[1]}<br>%{customdata[2]}, %{customdata[3]}<br>'
+                 '%{customdata[4]} seeds<extra></extra>')
+
+def _points(own:pd.DataFrame, y:list, end:float, blank:str) -> dict: # arguments of a scatter
+    "Return effects of one K with intervals; one beyond the axis is a triangle and a number."
     x = own.effect.clip(-end, end)
     is_beyond = own.effect.abs() > end
     is_sure = own.verdict.isin(['helps', 'hurts'])
-    shape = np.where(is_beyond, np.where(x > 0, 'triangle-right', 'triangle-left'), 'circle')
-    numbers = np.where(x < 0, blank+own.effect.map('{:.2f}'.format), own.effect.map('{:.2f}'.format)+blank)
-    return dict(x=x, y=y, mode='markers+text', text=np.where(is_beyond, numbers, '').tolist(), textfont_size=10,
-        textposition=np.where(x < 0, 'middle right', 'middle left'),
-        marker=dict(size=9, symbol=np.where(is_sure, shape, shape+np.array('-open', object))),
+    shape = np.where(x > 0, 'triangle-right', 'triangle-left')
+    shape = np.where(is_beyond, shape, 'circle')
+    symbol = np.where(is_sure, shape, shape+np.array('-open', object))
+    number = own.effect.map('{:.2f}'.format)
+    number = np.where(x < 0, blank+number, number+blank)
+    info = [own.heuristic, own.value, effect_text(own), own.verdict, own.n]
+    return dict(x=x, y=y, mode='markers+text', marker=dict(size=9, symbol=symbol),
         error_x=dict(array=(own.high-own.effect).where(~is_beyond), thickness=1.5, width=0),
-        customdata=np.stack([own.heuristic, own.value, effect_text(own), own.verdict, own.n], axis=1),
-        hovertemplate='%{customdata[0]} %{customdata[1]}<br>%{customdata[2]}, %{customdata[3]}<br>%{customdata[4]} seeds<extra></extra>')
+        text=np.where(is_beyond, number, '').tolist(), textfont_size=10,
+        textposition=np.where(x < 0, 'middle right', 'middle left'),
+        customdata=np.stack(info, axis=1), hovertemplate=_effect_hover)
 
-def _axis_end(effects:pd.DataFrame) -> float: # half of the axis: everything, or thrice the typical reach
+def _axis_end(effects:pd.DataFrame) -> float:
+    "Return half of the axis: all effects, but at most three times the typical one."
     reach = effects[['effect', 'low', 'high']].abs().max(axis=1)
     return min(reach.max(), 3*reach.median() or reach.max()) or 1.
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a018
-def _effect_traces(effects:pd.DataFrame, heights:dict, end:float, names:dict|None) -> list[tuple]: # trace, column
-    spaces = list(effects.space.unique())
+def _panels(spaces:Sequence, names:dict|None, **options) -> go.Figure:
+    "Make a panel per space, side by side; several have titles."
+    titles = [label_of(space, names) for space in spaces] if len(spaces) > 1 else []
+    return make_subplots(1, len(spaces), subplot_titles=titles, **options)
+
+def _finish_panels(fig:go.Figure, title:str, note:str, n:int, height:int, narrow:int) -> go.Figure:
+    finish(fig, title, note, height, margin=dict(t=72+24*(n > 1), b=88))
+    return stacked(fig, n, narrow) if n > 1 else fig
+
+def _add_effects(fig:go.Figure, effects:pd.DataFrame, heights:dict, end:float, names:dict|None):
+    "Add the effects of every K in every space."
+    spaces = enumerate(effects.space.unique(), 1)
     colors = color_of(sorted(effects.K.unique()))
-    traces = []
-    for (i,(K,color)),(col,space) in product(enumerate(colors.items()), enumerate(spaces, 1)):
+    for (i,(K,color)),(col,space) in product(enumerate(colors.items()), spaces):
         own = effects[(effects.K == K) & (effects.space == space) & effects.effect.notna()]
-        y = [heights[key]+.12*(len(colors)-1)-.24*i for key in zip(own.heuristic, own.value)]
-        points = _points(own, y, end, '\u2003'*3*i) # blank: next to the number of the K before
-        traces.append((go.Scatter(**points, name=label_of(K, names), legendgroup=str(K),
-            showlegend=col == 1 and len(colors) > 1, marker_color=color, textfont_color=color), col))
-    return traces
-
-def _panels(spaces:Sequence, names:dict|None, **options) -> go.Figure: # side by side, with a title each if there are several
-    n = len(spaces)
-    return make_subplots(1, n, subplot_titles=[label_of(s, names) for s in spaces]*(n > 1), **options)
-
-def _finish_panels(fig:go.Figure, title:str, notes:Sequence[str], n:int, height:int, narrow_height:int) -> go.Figure:
-    finish(fig, title, joined(*notes), height, margin=dict(t=72+24*(n > 1), b=88))
-    return stacked(fig, n, narrow_height) if n > 1 else fig
+        keys = zip(own.heuristic, own.value)
+        y = [heights[key]+.12*(len(colors)-1)-.24*i for key in keys]
+        points = _points(own, y, end, blank='\u2003'*3*i) # next to the number of the K before
+        fig.add_scatter(**points, name=label_of(K, names), legendgroup=str(K),
+            showlegend=col == 1 and len(colors) > 1, marker_color=color, textfont_color=color,
+            row=1, col=col)
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a019
 def plot_effects(
-    effects:pd.DataFrame,        # a row per space, heuristic, value and K, as `kshot.studies.effects.effects` returns
-    runs:pd.DataFrame|None=None, # the runs behind them, for a note on those that failed
+    effects:pd.DataFrame,        # what `kshot.studies.effects.effects` returned
+    runs:pd.DataFrame|None=None, # the runs behind it, for a note on those that failed
     metric:str='tau_loss',       # column that the effects are about
     names:dict|None=None,        # space or K -> label
 ) -> go.Figure:
-    "Draw the effects of all settings with their intervals; `ValueError` if `runs` lacks the metric."
+    "Draw the effects of all settings; `ValueError` if `runs` lacks the metric."
     title = f'What heuristics do to {word_of(metric)}'
     if effects.empty: return empty(title, 'no run besides the baseline')
     failed = '' if runs is None else _failed_runs(runs, metric)
     if effects.effect.isna().all(): return empty(title, failed or 'no effect is a number')
     heights, labels = _heights(_settings(effects))
-    spaces = list(effects.space.unique())
+    spaces = effects.space.unique()
     end = _axis_end(effects)
     fig = _panels(spaces, names, shared_yaxes=True, horizontal_spacing=.03)
-    for trace,col in _effect_traces(effects, heights, end, names): fig.add_trace(trace, row=1, col=col)
+    _add_effects(fig, effects, heights, end, names)
     fig.add_vline(x=0, line=dict(color=GREY, width=1.5))
     fig.update_xaxes(title_text='effect', range=[-1.06*end, 1.06*end])
-    low, high = min(heights.values()), max(heights.values())
-    fig.update_yaxes(tickvals=list(heights.values()), ticktext=labels, range=[low-.7, high+.7])
-    notes = ['filled: helps or hurts' if effects.low.notna().any() else 'one seed: no intervals',
-             'triangles: beyond the axis' if (effects.effect.abs() > end).any() else '', failed]
+    y = list(heights.values())
+    fig.update_yaxes(tickvals=y, ticktext=labels, range=[min(y)-.7, max(y)+.7])
+    has_intervals = effects.low.notna().any()
+    note = joined('filled: helps or hurts' if has_intervals else 'one seed: no intervals',
+        'triangles: beyond the axis' if (effects.effect.abs() > end).any() else '', failed)
     height = 150+26*len(heights)
-    return _finish_panels(fig, title, notes, len(spaces), height, height)
+    return _finish_panels(fig, title, note, len(spaces), height, height)
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a025
-def _dots(runs:pd.DataFrame, effects:pd.DataFrame, at:dict, color:str) -> list[go.Scatter]: # of one K in one space
-    "The baseline's mean as a line, a dot per seed, and means with intervals."
+def _dots(runs:pd.DataFrame, effects:pd.DataFrame, at:dict, color:str) -> list[go.Scatter]:
+    "Return the baseline's mean as a line, a dot per seed, and means, of one K in one space."
     base = runs[runs.value == ''].setting.mean()
-    line = go.Scatter(x=[-.5, max(at.values())+1], y=[base, base], mode='lines', hoverinfo='skip', showlegend=False,
-        line=dict(color=color, width=1.5, dash='dot'))
-    seeds = go.Scatter(x=runs.value.map(at)-.06, y=runs.setting, text=runs.seed, mode='markers', showlegend=False,
-        marker=dict(color=color, size=6, opacity=.45), hovertemplate='seed %{text}: %{y:.3f}<extra></extra>')
-    means = go.Scatter(x=[at[''], *effects.value.map(at)], y=[base, *effects.setting], mode='markers',
-        text=['baseline', *effect_text(effects)+', '+effects.verdict], hovertemplate='%{text}<br>%{y:.3f}<extra></extra>',
-        error_y=dict(array=[np.nan, *effects.high-effects.effect], thickness=1.5, width=4),
-        marker=dict(color=color, size=10, symbol='diamond'))
+    line = go.Scatter(x=[-.5, max(at.values())+1], y=[base, base], mode='lines',
+        line=dict(color=color, width=1.5, dash='dot'), hoverinfo='skip', showlegend=False)
+    seeds = go.Scatter(x=runs.value.map(at)-.06, y=runs.setting, text=runs.seed, mode='markers',
+        marker=dict(color=color, size=6, opacity=.45), showlegend=False,
+        hovertemplate='seed %{text}: %{y:.3f}<extra></extra>')
+    half = effects.high-effects.effect
+    texts = effect_text(effects)+', '+effects.verdict
+    means = go.Scatter(x=[at[''], *effects.value.map(at)], y=[base, *effects.setting],
+        error_y=dict(array=[np.nan, *half], thickness=1.5, width=4), mode='markers',
+        marker=dict(color=color, size=10, symbol='diamond'), text=['baseline', *texts],
+        hovertemplate='%{text}<br>%{y:.3f}<extra></extra>')
     return [line, seeds, means]
 
-def _known_taus(runs:pd.DataFrame, metric:str) -> dict: # label -> tau of what needs no supernet
+def _known_taus(runs:pd.DataFrame, metric:str) -> dict: # label -> tau
+    "Return the taus that need no supernet, beside a metric that is a tau."
     if metric not in ('tau', 'tau_loss'): return {}
-    columns = dict(macs='tau_macs', ceiling='ceiling')
-    means = {label_of(k): pd.to_numeric(runs[c]).mean() for k,c in columns.items() if c in runs}
-    return {label: tau for label,tau in means.items() if np.isfinite(tau)}
+    columns = [(k, c) for k,c in (('macs', 'tau_macs'), ('ceiling', 'ceiling')) if c in runs]
+    taus = {label_of(k): pd.to_numeric(runs[c]).mean() for k,c in columns}
+    return {label: tau for label,tau in taus.items() if np.isfinite(tau)}
 
-def _range(y:pd.Series, effects:pd.DataFrame) -> list: # of an axis: all values, and intervals unless they reach far beyond
+def _range(y:pd.Series, effects:pd.DataFrame) -> list: # low, high
+    "Return the range of an axis: all values, and of intervals what is not far beyond them."
     half = effects.high-effects.effect
     room = (np.ptp(y) or 1.)/2
     low = np.nanmin([max(y.min()-room, (effects.setting-half).min()), y.min()])
@@ -167,93 +195,118 @@ def _range(y:pd.Series, effects:pd.DataFrame) -> list: # of an axis: all values,
     return [low-margin, high+margin]
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a026
-def _add_known_taus(fig:go.Figure, taus:dict, col:int): # dashed lines
-    for label,tau in taus.items():
-        fig.add_hline(y=tau, line=dict(color=GREY, width=1.5, dash='dash'),
-            annotation=dict(text=label, font_color=GREY, x=1, xshift=-4),
-            annotation_position='bottom right' if 'MACs' in label else 'top right', row=1, col=col)
-
-def _add_values(fig:go.Figure, runs:pd.DataFrame, effects:pd.DataFrame, values:list, colors:dict, names:dict|None, col:int):
+def _add_values(fig:go.Figure, runs:pd.DataFrame, effects:pd.DataFrame, values:list, colors:dict,
+                names:dict|None, col:int):
     "Fill the panel of one space: values side by side, a colour per K."
     for i,(K,color) in enumerate(colors.items()):
         shift = (i-(len(colors)-1)/2)*.24
         at = {value: x+shift for x,value in enumerate(values)}
         for trace in _dots(runs[runs.K == K], effects[effects.K == K], at, color):
             if trace.showlegend is None: trace.showlegend = col == 1 and len(colors) > 1
-            fig.add_trace(trace.update(name=label_of(K, names), legendgroup=str(K)), row=1, col=col)
+            trace.update(name=label_of(K, names), legendgroup=str(K))
+            fig.add_trace(trace, row=1, col=col)
+
+def _add_taus(fig:go.Figure, taus:dict, col:int):
+    "Add dashed lines with labels to the panel of one space."
+    for label,tau in taus.items():
+        text = dict(text=label, font_color=GREY, x=1, xshift=-4)
+        fig.add_hline(y=tau, line=dict(color=GREY, width=1.5, dash='dash'), annotation=text,
+            annotation_position='bottom right' if 'MACs' in label else 'top right', row=1, col=col)
+
+def _finished_runs(runs:pd.DataFrame, metric:str) -> pd.DataFrame:
+    "Return the runs with a number, in a column `setting`; a baseline's value is ''."
+    value = runs.value.astype(str).mask(runs.heuristic == 'baseline', '')
+    own = runs.assign(value=value, setting=_numbers(runs, metric))
+    return own[own.setting.notna()]
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a027
 def plot_heuristic(
-    effects:pd.DataFrame,  # of all settings, as `kshot.studies.effects.effects` returns
-    runs:pd.DataFrame,     # the runs behind them; tau_macs and ceiling are drawn where known
+    effects:pd.DataFrame,  # of all settings: what `kshot.studies.effects.effects` returned
+    runs:pd.DataFrame,     # the runs behind it; tau_macs and ceiling are drawn if known
     heuristic:str,         # one of the effects
     metric:str='tau_loss', # column that the effects are about
     names:dict|None=None,  # space or K -> label
 ) -> go.Figure:
-    "Draw all runs of one heuristic beside the baseline; `ValueError` for an unknown heuristic or metric."
+    "Draw the runs of one heuristic; `ValueError` for an unknown heuristic or metric."
     title = f'Effect of {heuristic} on {word_of(metric)}'
     if not len(runs): return empty(title, 'no rows')
     known = list(effects.heuristic.unique())
     if heuristic not in known: raise ValueError(f'heuristic {heuristic!r}, expected one of {known}')
-    own = runs[runs.heuristic.isin(['baseline', heuristic])]
-    failed = _failed_runs(own, metric)
+    is_own = runs.heuristic.isin(['baseline', heuristic])
+    failed = _failed_runs(runs[is_own], metric)
     effects = effects[(effects.heuristic == heuristic) & (effects.n > 0)]
     if effects.empty: return empty(title, failed)
-    own = own.assign(setting=_numbers(own, metric), value=own.value.astype(str).mask(own.heuristic == 'baseline', ''))
-    own = own[own.setting.notna()]
-    values, spaces = ['', *_settings(effects).value], list(effects.space.unique())
+    own = _finished_runs(runs[is_own], metric)
+    values = ['', *_settings(effects).value]
+    spaces = effects.space.unique()
     colors = color_of(sorted(effects.K.unique()))
     fig = _panels(spaces, names, horizontal_spacing=.08)
     for col,space in enumerate(spaces, 1):
-        here, taus = own[own.space == space], _known_taus(runs[runs.space == space], metric)
-        there = effects[effects.space == space]
-        _add_values(fig, here, there, values, colors, names, col)
-        fig.update_yaxes(range=_range(pd.concat([here.setting, pd.Series(taus, dtype=float)]), there), col=col)
-        _add_known_taus(fig, taus, col)
+        points, means = (frame[frame.space == space] for frame in (own, effects))
+        taus = _known_taus(runs[runs.space == space], metric)
+        _add_values(fig, points, means, values, colors, names, col)
+        drawn = pd.concat([points.setting, pd.Series(taus, dtype=float)])
+        fig.update_yaxes(range=_range(drawn, means), col=col)
+        _add_taus(fig, taus, col)
     is_long = len(spaces)*len(''.join(values)) > 60
-    fig.update_xaxes(tickvals=list(range(len(values))), ticktext=['baseline', *values[1:]], range=[-.5, len(values)-.5],
-        tickangle=-40 if is_long else None)
+    fig.update_xaxes(tickvals=list(range(len(values))), ticktext=['baseline', *values[1:]],
+        tickangle=-40 if is_long else None, range=[-.5, len(values)-.5])
     fig.update_yaxes(title_text=word_of(metric), col=1)
-    has_intervals = effects.low.notna().any()
-    notes = ['bars: interval of the difference to the baseline' if has_intervals else 'one seed: no intervals', failed]
-    return _finish_panels(fig, title, notes, len(spaces), 420, 380)
+    bars = 'bars: interval of the difference to the baseline'
+    note = joined(bars if effects.low.notna().any() else 'one seed: no intervals', failed)
+    return _finish_panels(fig, title, note, len(spaces), 420, 380)
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a033
-def _within(runs:pd.DataFrame, a:str, b:str) -> float: # mean over spaces of the correlation within; NaN if there is none
+def _within(runs:pd.DataFrame, a:str, b:str) -> float: # NaN if there is none
+    "Return the mean over spaces of the correlation within a space."
     values = [spearman(g[a], g[b]) for _,g in runs.groupby('space') if len(g) > 1]
     return float(np.nanmean(values)) if np.isfinite(values).any() else float('nan')
 
-def _pair_grid(heads:dict) -> go.Figure: # (row, column) -> head of its panel, both from 0; below the diagonal
+def _pair_grid(heads:dict) -> go.Figure: # (row, column) from 0 -> head of the panel
+    "Make a panel for each pair, on and below the diagonal."
     n = 1+max(row for row,_ in heads)
-    specs = [[{} if (row, col) in heads else None for col in range(n)] for row in range(n)]
-    return make_subplots(n, n, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=.02, vertical_spacing=.12/n,
-        subplot_titles=[heads[key] for key in sorted(heads)], specs=specs)
+    specs = [[{}]*(row+1) + [None]*(n-1-row) for row in range(n)]
+    titles = [heads[key] for key in sorted(heads)]
+    return make_subplots(n, n, specs=specs, subplot_titles=titles, shared_xaxes=True,
+        shared_yaxes=True, horizontal_spacing=.02, vertical_spacing=.12/n)
+
+def _add_pairs(fig:go.Figure, runs:pd.DataFrame, metrics:list, names:dict|None):
+    "Add a dot per run to each panel, a colour per K, a symbol per space."
+    colors = color_of(sorted(runs.K.unique()))
+    spaces = list(runs.space.unique())
+    for (i,j),(K,color) in product(combinations(range(len(metrics)), 2), colors.items()):
+        own = runs[runs.K == K]
+        symbol = own.space.map(spaces.index) if len(spaces) > 1 else 'circle'
+        texts = [f'{r.heuristic} {r.value}, seed {r.seed}' for r in own.itertuples()]
+        fig.add_scatter(x=own[metrics[i]], y=own[metrics[j]], mode='markers', text=texts,
+            marker=dict(color=color, size=6, opacity=.7, symbol=symbol),
+            hovertemplate='%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>',
+            showlegend=(i, j) == (0, 1) and len(colors) > 1,
+            name=label_of(K, names), legendgroup=str(K), row=j, col=i+1)
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a034
 def plot_metrics(
     runs:pd.DataFrame,    # a row per run
-    metrics:Sequence[str]=('acc_super', 'tau_loss', 'top_tau', 'surpass_random', 'search_mean'), # at least two columns
+    metrics:Sequence[str]=( # at least two columns
+        'acc_super', 'tau_loss', 'top_tau', 'surpass_random', 'search_mean'),
     names:dict|None=None, # K -> label
 ) -> go.Figure:
-    "Draw every metric against every other, over all runs; `ValueError` for fewer than two metrics and an unknown one."
-    title, metrics = 'Metrics against each other', list(metrics)
+    "Draw metrics against each other; `ValueError` for fewer than two and for an unknown one."
+    title = 'Metrics against each other'
+    metrics = list(metrics)
     if len(metrics) < 2: raise ValueError(f'metrics {metrics}, expected at least two')
     f, note = finite(runs, *metrics)
     if f.empty: return empty(title, note)
-    n, spaces = len(metrics)-1, list(f.space.unique())
-    colors = color_of(sorted(f.K.unique()))
-    pairs = list(combinations(range(n+1), 2)) # column, row+1
-    heads = {(j-1, i): f'{_within(f, metrics[i], metrics[j]):.2f}'.replace('nan', '') for i,j in pairs}
+    n = len(metrics)-1
+    heads = {}
+    for i,j in combinations(range(n+1), 2):
+        r = _within(f, metrics[i], metrics[j])
+        heads[j-1, i] = f'{r:.2f}' if np.isfinite(r) else ''
     fig = _pair_grid(heads)
-    for (i,j),(K,color) in product(pairs, colors.items()):
-        g = f[f.K == K]
-        symbol = g.space.map(spaces.index) if len(spaces) > 1 else 'circle'
-        fig.add_scatter(x=g[metrics[i]], y=g[metrics[j]], mode='markers', name=label_of(K, names), legendgroup=str(K),
-            showlegend=(i, j) == (0, 1) and len(colors) > 1, marker=dict(color=color, size=6, opacity=.7, symbol=symbol),
-            text=[f'{r.heuristic} {r.value}, seed {r.seed}' for r in g.itertuples()],
-            hovertemplate='%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>', row=j, col=i+1)
+    _add_pairs(fig, f, metrics, names)
     for i in range(n):
         fig.update_xaxes(title_text=word_of(metrics[i]), row=n, col=i+1)
         fig.update_yaxes(title_text=word_of(metrics[i+1]), row=i+1, col=1)
-    legend = "numbers: Spearman's correlation" + (', mean over spaces; a symbol per space' if len(spaces) > 1 else '')
-    return finish(fig, title, joined(legend, note), 150+190*n, margin=dict(t=96, b=88))
+    numbers = "numbers: Spearman's correlation"
+    if f.space.nunique() > 1: numbers += ', mean over spaces; a symbol per space'
+    return finish(fig, title, joined(numbers, note), 150+190*n, margin=dict(t=96, b=88))

@@ -14,62 +14,89 @@ from typing import Any
 import numpy as np, pandas as pd, plotly.graph_objects as go
 
 # %% ../../nbs/figures/10_look.ipynb #fcfbf08c
-OKABE_ITO = dict(orange='#E69F00', sky='#56B4E9', green='#009E73', blue='#0072B2', vermillion='#D55E00', purple='#CC79A7')
+OKABE_ITO = dict(
+    orange='#E69F00', sky='#56B4E9', green='#009E73',
+    blue='#0072B2', vermillion='#D55E00', purple='#CC79A7')
 GREY = '#8C8C8C'
-SCALE = [[0, OKABE_ITO['blue']], [.5, OKABE_ITO['green']], [1, OKABE_ITO['orange']]] # lightness rises, readable on white and on black
+# lightness rises, and both ends are readable on white and on black
+SCALE = [[0, OKABE_ITO['blue']], [.5, OKABE_ITO['green']], [1, OKABE_ITO['orange']]]
 
-_fixed = {1:'blue', 'one_shot':'blue', 'one-shot':'blue', 'kshot':'vermillion', 'stand-alone':'green', 'ceiling':'green'}
-_labels = {1:'one-shot', 'one_shot':'one-shot', 'kshot':'K-shot', 'macs':'counting MACs', 'params':'counting parameters',
-           'ceiling':'seed ceiling'}
-_words = dict(
-    macs='MACs', n_params='parameters', latency_ms='latency in ms', trial='paths scored before',
-    loss='training loss', acc_valid='validation accuracy', seconds_train='seconds of training',
-    acc_super='supernet accuracy', loss_super='supernet loss', acc_alone='stand-alone accuracy',
-    tau='tau by accuracy', tau_loss='tau by loss', spearman="Spearman's correlation", sparse_tau='sparse tau',
-    sparse_tau_position='sparse tau by position', top_tau='tau in the top 10 %', surpass_random='surpasses random',
-    search_mean='search finds', regret_1='regret of the best', regret_n='regret')
+_fixed = {1: 'blue', 'one_shot': 'blue', 'one-shot': 'blue', 'kshot': 'vermillion',
+          'stand-alone': 'green', 'ceiling': 'green'}
+_in_turn = ('vermillion', 'orange', 'purple', 'sky', 'green', 'blue')
 
 def color_of(
     keys:Iterable, # K, or names of runs, scorers and baselines
 ) -> dict:         # key -> colour
-    "Colour of each key: one of its own for what several figures show, grey for baselines, the others in turn."
-    free = itertools.cycle(OKABE_ITO[c] for c in ('vermillion', 'orange', 'purple', 'sky', 'green', 'blue'))
-    return {k: GREY if k in ('macs', 'params') else OKABE_ITO[_fixed[k]] if k in _fixed else next(free) for k in keys}
+    "Return each key's colour: one of its own, grey for baselines, or the next in turn."
+    free = itertools.cycle(_in_turn)
+    def color(key):
+        if key in ('macs', 'params'): return GREY
+        return OKABE_ITO[_fixed[key] if key in _fixed else next(free)]
+    return {key: color(key) for key in keys}
+
+# %% ../../nbs/figures/10_look.ipynb #e5f10004
+_words = dict(
+    macs='MACs', n_params='parameters', latency_ms='latency in ms', trial='paths scored before',
+    loss='training loss', acc_valid='validation accuracy', seconds_train='seconds of training',
+    acc_super='supernet accuracy', loss_super='supernet loss',
+    acc_alone='stand-alone accuracy', tau='tau by accuracy', tau_loss='tau by loss',
+    spearman="Spearman's correlation", sparse_tau='sparse tau',
+    sparse_tau_position='sparse tau by position', top_tau='tau in the top 10 %',
+    surpass_random='surpasses random', search_mean='search finds',
+    regret_1='regret of the best', regret_n='regret')
+_labels = {
+    1: 'one-shot', 'one_shot': 'one-shot', 'kshot': 'K-shot', 'macs': 'counting MACs',
+    'params': 'counting parameters', 'ceiling': 'seed ceiling'}
 
 def word_of(
     column:str, # of a frame or a log
 ) -> str:       # what a reader sees
-    "Return the words for a column of numbers; a metric by loss is named after that by accuracy."
+    "Return words for a column of numbers; without any, its name with spaces."
     if column in _words: return _words[column]
     stem = column.removesuffix('_loss')
     return f'{_words[stem]} by loss' if stem in _words else column.replace('_', ' ')
 
 def label_of(
-    key:Any,            # K, or a name
-    names:dict|None=None, # key -> label, before the built-in ones
-) -> str:               # what a reader sees
-    "Label of a run: `names` first, then the words of the house, then the key itself."
+    key:Any,              # K, or a name
+    names:dict|None=None, # key -> label; these come first
+) -> str:                 # what a reader sees
+    "Return the label of a run: from `names`, from kshot's own labels, or the key itself."
     if key in (names or {}): return str(names[key])
-    return _labels.get(key) or (f'K-shot, K = {key}' if isinstance(key, (int, np.integer)) else str(key))
+    if key in _labels: return _labels[key]
+    return f'K-shot, K = {key}' if isinstance(key, (int, np.integer)) else str(key)
 
 # %% ../../nbs/figures/10_look.ipynb #1144c791
+def _bottom_bar() -> dict: # a thin colour bar below the figure, at the left
+    return dict(orientation='h', thickness=10, len=.7, x=0, xanchor='left', y=0,
+        yref='container', yanchor='bottom', outlinewidth=0, tickangle=0, nticks=6)
+
+_FONTS = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif'
+_light = '#24262A', '#FFFFFF', '#E4E4E0' # ink, ground, grid
+_dark = '#E4E4E2', '#1B1D21', '#3A3D43'
+
 @cache
 def template(
     dark:bool=False, # light ink on a dark ground
 ) -> go.layout.Template:
-    "The look of every figure."
-    ink, ground, grid = ('#E4E4E2', '#1B1D21', '#3A3D43') if dark else ('#24262A', '#FFFFFF', '#E4E4E0')
-    axis = dict(gridcolor=grid, linecolor=grid, zeroline=False, automargin=True, ticks='', title=dict(standoff=8, font_size=13))
+    "Return the look of every figure."
+    ink, ground, grid = _dark if dark else _light
+    axis = dict(gridcolor=grid, linecolor=grid, zeroline=False, automargin=True,
+        ticks='', title=dict(standoff=8, font_size=13))
+    title = dict(x=0, xref='container', xanchor='left', y=1, yref='container',
+        yanchor='top', pad=dict(l=12, t=12), font_size=15,
+        subtitle=dict(font=dict(size=12, color=GREY)))
+    legend = dict(orientation='h', x=0, xanchor='left', y=0, yref='container',
+        yanchor='bottom')
     return go.layout.Template(layout=dict(
-        font=dict(family='system-ui, "Segoe UI", "DejaVu Sans", sans-serif', size=12, color=ink), paper_bgcolor=ground, plot_bgcolor=ground,
-        xaxis=axis, yaxis=axis, colorway=list(color_of(range(2, 8)).values()), margin=dict(l=16, r=16, t=76, b=48), hovermode='closest',
-        title=dict(x=0, xref='container', xanchor='left', y=1, yref='container', yanchor='top', pad=dict(l=12, t=12), font_size=15,
-                   subtitle=dict(font=dict(size=12, color=GREY))),
-        legend=dict(orientation='h', x=0, xanchor='left', y=0, yref='container', yanchor='bottom'),
-        coloraxis=dict(colorscale=SCALE, colorbar=dict(orientation='h', thickness=10, len=.7, x=0, xanchor='left', y=0, yref='container',
-                                                       yanchor='bottom', outlinewidth=0, tickangle=0, nticks=6))))
+        font=dict(family=_FONTS, size=12, color=ink),
+        paper_bgcolor=ground, plot_bgcolor=ground,
+        margin=dict(l=16, r=16, t=76, b=48), hovermode='closest',
+        xaxis=axis, yaxis=axis, title=title, legend=legend,
+        colorway=list(color_of(range(2, 8)).values()),
+        coloraxis=dict(colorscale=SCALE, colorbar=_bottom_bar())))
 
-# %% ../../nbs/figures/10_look.ipynb #f38578e4
+# %% ../../nbs/figures/10_look.ipynb #e5f10006
 def finish(
     fig:go.Figure,  # changed in place
     title:str,      # what it shows
@@ -77,48 +104,56 @@ def finish(
     height:int=400, # pixels
     **layout,       # of `update_layout`
 ) -> go.Figure:     # the same
-    "A figure in the house's look."
-    fig.update_layout(template=template(), title=dict(text=title, subtitle_text=note), height=height, margin_t=72 if note else 52)
+    "Give a figure the common look, a title and a height."
+    fig.update_layout(template=template(), height=height, margin_t=72 if note else 52,
+        title=dict(text=title, subtitle_text=note))
     return fig.update_annotations(font_size=13).update_layout(**layout)
 
+# %% ../../nbs/figures/10_look.ipynb #f38578e4
 def empty(
     title:str, # of the figure that could not be drawn
-    why:str,   # nothing is in it
+    why:str,   # there is nothing in it
 ) -> go.Figure:
-    "A figure that says why it has nothing in it."
-    fig = go.Figure().add_annotation(text=why, x=.5, y=.5, xref='paper', yref='paper', showarrow=False, font_color=GREY)
+    "Draw a figure that says why there is nothing in it."
+    fig = go.Figure()
+    fig.add_annotation(text=why, x=.5, y=.5, xref='paper', yref='paper', showarrow=False,
+        font_color=GREY)
     return finish(fig, title, height=180, xaxis_visible=False, yaxis_visible=False)
 
 def finite(
     frame:pd.DataFrame, # numbers, as floats or as text
     *cols:str,          # columns that matter
 ) -> tuple[pd.DataFrame, str]:
-    "Rows with a finite number in all `cols`, and a note about the others; `ValueError` if a column is missing."
+    "Return rows with finite numbers, and a note on the others; `ValueError` for a missing column."
     if not len(frame): return pd.DataFrame(columns=cols), 'no rows'
-    if missing := [c for c in cols if c not in frame]: raise ValueError(f'no column {missing[0]!r} in {list(frame.columns)}')
+    missing = [c for c in cols if c not in frame]
+    if missing: raise ValueError(f'no column {missing[0]!r} in {list(frame.columns)}')
     values = frame[list(cols)].apply(pd.to_numeric, errors='coerce')
     ok = np.isfinite(values.to_numpy(float)).all(1)
-    return frame.assign(**values)[ok], '' if ok.all() else f'{(~ok).sum():,} of {len(ok):,} rows left out: not a number'
+    note = '' if ok.all() else f'{(~ok).sum():,} of {len(ok):,} rows left out: not a number'
+    return frame.assign(**values)[ok], note
 
 def joined(
-    *notes:str, # empty ones don't count
+    *notes:str, # empty ones are skipped
 ) -> str:
-    "Notes in one line."
+    "Join notes to one line."
     return '; '.join(filter(None, notes))
 
 # %% ../../nbs/figures/10_look.ipynb #c12492e0
 def stacked(
     fig:go.Figure, # of `make_subplots`, changed in place
     n:int,         # panels, side by side
-    height:int,    # of each when they are stacked, in pixels
+    height:int,    # of each once they are stacked, in pixels
 ) -> go.Figure:    # the same
-    "A figure with a patch in its `meta` that puts its panels below each other."
-    m = fig.layout.margin
-    gap = 96/(height*n-m.t-m.b) # room for an axis title and two lines of the next panel's
+    "Add a patch to a figure's `meta` that puts its panels below each other."
+    margin = fig.layout.margin
+    gap = 96/(height*n-margin.t-margin.b) # room for an axis title and two lines of the next panel's
     part = (1-gap*(n-1))/n
     tops = [1-i*(part+gap) for i in range(n)]
-    patch = dict(height=height*n, annotations=[dict(x=.5, y=y) for y in tops]) # make_subplots puts its titles first
-    for i,y in enumerate(tops, 1):
-        patch[f'xaxis{i if i > 1 else ""}'] = dict(domain=[0, 1])
-        patch[f'yaxis{i if i > 1 else ""}'] = dict(domain=[max(0, y-part), y], showticklabels=True)
+    titles = [dict(x=.5, y=top) for top in tops] # make_subplots puts its titles first
+    patch = dict(height=height*n, annotations=titles)
+    for i,top in enumerate(tops):
+        number = i+1 if i else ''
+        patch[f'xaxis{number}'] = dict(domain=[0, 1])
+        patch[f'yaxis{number}'] = dict(domain=[max(0, top-part), top], showticklabels=True)
     return fig.update_layout(meta=dict(narrow=patch))

@@ -11,138 +11,201 @@ from collections.abc import Mapping, Sequence
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from fastprogress.fastprogress import format_time
 from plotly.subplots import make_subplots
-from .look import GREY, OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of, stacked, word_of
+from .look import (
+    GREY, OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
 from ..search import pareto
 
 # %% ../../nbs/figures/30_runs.ipynb #913a0cb9
+def _add_star(fig:go.Figure, star:pd.DataFrame, name:str):
+    marker = dict(symbol='star', size=17, color=OKABE_ITO['vermillion'])
+    fig.add_scatter(**star, name=name, mode='markers', marker=marker)
+
 def plot_pareto(
-    frame:pd.DataFrame,     # columns `cost`, `score`; path where known
+    frame:pd.DataFrame,     # columns `cost`, `score`; path if known
     cost:str='macs',        # column, lower is better
     score:str='acc_super',  # column, higher is better
     budget:float|None=None, # largest cost that was allowed
-    found:str|None=None,    # path that the search took
-    order:str|None=None,    # column: earlier rows blue, later ones orange; points keep their place when rows are added
-    label:str='found',      # what the found path is called
+    best:str|None=None,     # path that the search took
+    order:str|None=None,    # column: early rows are blue, late ones orange, and points keep their places
+    label:str='found',      # what the best path is called
 ) -> go.Figure:
-    "Score against cost with the Pareto front, the budget and the found path."
-    title, (f, note) = 'Score against cost', finite(frame, cost, score)
+    "Draw score against cost with the Pareto front, the budget and the best path."
+    title = 'Score against cost'
+    f, note = finite(frame, cost, score)
     if f.empty: return empty(title, note)
-    if order is not None: f, note = f.sort_values(order, kind='stable'), joined('blue: first, orange: last', note)
-    look = dict(color=GREY) if order is None else dict(color=f[order], colorscale=SCALE)
-    f = pd.DataFrame(dict(x=f[cost], y=f[score], text=f.path if 'path' in f else f.index.astype(str))).reset_index(drop=True)
-    fig, front, star = go.Figure(), pareto(f, 'x', 'y'), f[f.text == found]
-    fig.add_scatter(**f, name='paths', mode='markers', marker=dict(look, size=5 if order is None else 7, opacity=.5))
-    fig.add_scatter(**front, name='Pareto front', mode='lines+markers', marker_size=6, line=dict(shape='hv', color=OKABE_ITO['blue']))
-    if len(star):
-        look = dict(symbol='star', size=17, color=OKABE_ITO['vermillion'])
-        fig.add_scatter(**star, name=f'{label}: {found}', mode='markers', marker=look)
-    elif found is not None: note = joined(note, f'{found} is not among the paths')
-    fig.data[0].hovertemplate = '%{text}<br>%{x:.4s}, %{y:.3f}<extra></extra>'
-    for t in fig.data[1:]: t.hoverinfo = 'skip' # what lies below it is meant
+    colors = dict(color=GREY)
+    if order is not None:
+        f = f.sort_values(order, kind='stable')
+        note = joined('blue: first, orange: last', note)
+        colors = dict(color=f[order], colorscale=SCALE)
+    text = f.path if 'path' in f else f.index.astype(str)
+    points = pd.DataFrame(dict(x=f[cost], y=f[score], text=text)).reset_index(drop=True)
+    fig = go.Figure()
+    fig.add_scatter(**points, name='paths', mode='markers',
+        marker=dict(colors, size=5 if order is None else 7, opacity=.5),
+        hovertemplate='%{text}<br>%{x:.4s}, %{y:.3f}<extra></extra>')
+    fig.add_scatter(**pareto(points, 'x', 'y'), name='Pareto front', mode='lines+markers',
+        marker_size=6, line=dict(shape='hv', color=OKABE_ITO['blue']))
+    star = points[points.text == best]
+    if len(star): _add_star(fig, star, f'{label}: {best}')
+    elif best is not None: note = joined(note, f'{best} is not among the paths')
+    for trace in fig.data[1:]: trace.hoverinfo = 'skip' # the hover is for the points below
     if budget is not None:
-        fig.add_vline(x=budget, line=dict(color=GREY, width=1.5, dash='dash'), annotation=dict(text='budget', font_color=GREY))
-    return finish(fig, title, note, 440, margin_b=96, xaxis_title_text=word_of(cost), yaxis_title_text=word_of(score))
+        fig.add_vline(x=budget, line=dict(color=GREY, width=1.5, dash='dash'),
+            annotation=dict(text='budget', font_color=GREY))
+    return finish(fig, title, note, 440, margin_b=96, xaxis_title_text=word_of(cost),
+        yaxis_title_text=word_of(score))
 
 # %% ../../nbs/figures/30_runs.ipynb #57bed64c
 def plot_training(
-    log:Sequence[Mapping], # a record per epoch: epoch, `keys`, and name where several runs are stacked
+    log:Sequence[Mapping], # a record per epoch: epoch, `keys`, and name if there are several runs
     keys:Sequence[str]=('loss', 'acc_valid'), # a panel for each that any record has
     names:dict|None=None,  # name -> label
 ) -> go.Figure:
-    "Training curves, a panel per quantity and a line per run."
-    title, f = 'Training', pd.DataFrame(list(log))
-    keys = [k for k in keys if k in f and np.isfinite(pd.to_numeric(f[k], errors='coerce')).any()]
+    "Draw training curves, a panel per quantity and a line per run."
+    title = 'Training'
+    f = pd.DataFrame(list(log))
+    def has_numbers(key):
+        return key in f and np.isfinite(pd.to_numeric(f[key], errors='coerce')).any()
+    keys = [key for key in keys if has_numbers(key)]
     if 'epoch' not in f or not keys: return empty(title, 'no epoch has ended yet')
     f = f.assign(name=f.name.fillna('') if 'name' in f else '')
-    colors, n = color_of(f.name.unique()), len(keys)
-    fig = make_subplots(1, n, subplot_titles=[word_of(k) for k in keys], horizontal_spacing=.1)
-    for (i,k),(name,g) in itertools.product(enumerate(keys), f.groupby('name', sort=False)):
-        g = finite(g, 'epoch', k)[0]
-        fig.add_scatter(x=g.epoch, y=g[k], name=label_of(name, names), legendgroup=str(name), showlegend=i == 0 and name != '',
-            mode='lines+markers' if len(g) < 40 else 'lines', line=dict(color=colors[name], width=2), marker_size=4, row=1, col=i+1)
+    colors = color_of(f.name.unique())
+    n = len(keys)
+    fig = make_subplots(1, n, subplot_titles=[word_of(key) for key in keys],
+        horizontal_spacing=.1)
+    runs = f.groupby('name', sort=False)
+    for (col,key),(name,own) in itertools.product(enumerate(keys, 1), runs):
+        own, _ = finite(own, 'epoch', key)
+        fig.add_scatter(x=own.epoch, y=own[key],
+            mode='lines+markers' if len(own) < 40 else 'lines',
+            line=dict(color=colors[name], width=2), marker_size=4,
+            name=label_of(name, names), legendgroup=str(name),
+            showlegend=col == 1 and name != '', row=1, col=col)
     fig.update_xaxes(title_text='epoch')
     return stacked(finish(fig, title, '', 380, margin=dict(t=86, b=90)), n, 330)
 
 # %% ../../nbs/figures/30_runs.ipynb #8244581b
-def _series(log, key:str) -> tuple[list, np.ndarray]: # updates of the records that have it, what they have
+def _series(log:Sequence[Mapping], key:str) -> tuple[list, np.ndarray]: # updates, values
+    "Return what the records that have a key say of it."
     rows = [r for r in log if key in r]
     return [r['update'] for r in rows], np.array([r[key] for r in rows], float)
 
-def _now(y, digits:int=2) -> str: # the last number there is, in bold
+def _last(y:np.ndarray, digits:int=2) -> str:
+    "Write the last number that is finite, in bold."
     y = y[np.isfinite(y)]
     return f'<b>{y[-1]:.{digits}f}</b>' if len(y) else ''
 
-def _band(x, a:np.ndarray) -> list: # a (T, n): all, the half in the middle, the median
-    low, q1, mid, q3, high = np.quantile(a, [0, .25, .5, .75, 1], axis=1) if a.size else np.zeros((5, 0))
-    fill = dict(line_width=0, mode='lines', hoverinfo='skip', fill='tonexty')
-    return [(x, low, fill | dict(fill=None)), (x, high, fill | dict(fillcolor='rgba(86,180,233,.22)')),
-            (x, q1, fill | dict(fill=None)), (x, q3, fill | dict(fillcolor='rgba(86,180,233,.4)')),
+def _line(color:str=OKABE_ITO['blue'], name:str='') -> dict:
+    return dict(line=dict(color=color, width=2), mode='lines+markers',
+        hovertemplate=f'{name} %{{y:.4g}} at update %{{x:,}}<extra></extra>')
+
+def _band(x:list, values:np.ndarray) -> list: # lines (x, y, style)
+    "Draw `(T, n)` values as their range, the middle half, and the median."
+    levels = [0, .25, .5, .75, 1]
+    low, q1, mid, q3, high = np.quantile(values, levels,
+        axis=1) if values.size else np.zeros((5, 0))
+    edge = dict(line_width=0, mode='lines', hoverinfo='skip', fill=None)
+    light = edge | dict(fill='tonexty', fillcolor='rgba(86,180,233,.22)')
+    strong = edge | dict(fill='tonexty', fillcolor='rgba(86,180,233,.4)')
+    return [(x, low, edge), (x, high, light), (x, q1, edge), (x, q3, strong),
             (x, mid, _line(OKABE_ITO['vermillion']))]
 
-def _line(color:str=OKABE_ITO['blue'], name:str='') -> dict:
-    return dict(line=dict(color=color, width=2), mode='lines+markers', hovertemplate=f'{name} %{{y:.4g}} at update %{{x:,}}<extra></extra>')
-
 # %% ../../nbs/figures/30_runs.ipynb #16ecd7d5
-def _live_panels(log) -> list[tuple[str, list, dict]]: # head, lines (x, y, look), range of each
-    "Panels that a log of live training fills."
-    one = lambda key: [(*_series(log, key), _line())]
-    has = lambda key: any(key in r for r in log)
-    word = lambda color,text: f'<span style="color:{color}">{text}</span>'
-    (x, acc), blue, red, last = _series(log, 'acc'), OKABE_ITO['blue'], OKABE_ITO['vermillion'], lambda k,d=2: _now(_series(log, k)[1], d)
-    panels, share = [(f'training loss {last("loss")}', one('loss'), {})], dict(clipmin=-.02, clipmax=1.02)
-    if len(x): panels.append((f'accuracy of {acc.shape[1]} paths {_now(np.median(acc, axis=1))}', _band(x, acc), share))
-    if has('tau'): panels.append((f'tau against the truth {last("tau")}', one('tau'), dict(clipmin=-1, clipmax=1)))
-    if not has('mean_code'): return panels
-    (x, use), pair = _series(log, 'mean_code'), (('spread', blue), ('drift', red))
-    hues = dict(enumerate([*OKABE_ITO.values()][:use.shape[1]]*(use.shape[1] <= 6)))
-    names = ' '.join(word(c, f'<b>{k}</b>') for k,c in hues.items())
-    return [*panels, (f'entropy of codes {last("entropy", 3)}', one('entropy'), share | dict(include=[.98, 1])),
-        (', '.join(f'{word(c, k)} {last(k, 3)}' for k,c in pair), [(*_series(log, k), _line(c, k)) for k,c in pair],
-         share | dict(include=.01)),
-        (f'use of supernets {names}', [(x, u, _line(hues.get(k, GREY), f'supernet {k}:')) for k,u in enumerate(use.T)],
-         share | dict(include=[1/len(use.T)-.01, 1/len(use.T)+.01]))]
+_zero_to_one = dict(clipmin=-.02, clipmax=1.02) # options of an axis range
+
+def _tinted(text:str, color:str) -> str: return f'<span style="color:{color}">{text}</span>'
+
+def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
+    "Return the panels of simplex codes: entropy, spread and drift, the use of supernets."
+    x, use = _series(log, 'mean_code')
+    K = use.shape[1]
+    entropy = f'entropy of codes {_last(_series(log, "entropy")[1], 3)}'
+    heads = []
+    lines = []
+    for key,color in (('spread', OKABE_ITO['blue']), ('drift', OKABE_ITO['vermillion'])):
+        updates, values = _series(log, key)
+        heads.append(f'{_tinted(key, color)} {_last(values, 3)}')
+        lines.append((updates, values, _line(color, key)))
+    colors = list(OKABE_ITO.values())[:K] if K <= 6 else []
+    names = ' '.join(_tinted(f'<b>{k}</b>', color) for k,color in enumerate(colors))
+    colors = colors or [GREY]*K
+    uses = [(x, use[:,k], _line(colors[k], f'supernet {k}:')) for k in range(K)]
+    return [(entropy, [(*_series(log, 'entropy'), _line())],
+        _zero_to_one | dict(include=[.98, 1])), (', '.join(heads), lines,
+        _zero_to_one | dict(include=.01)), (f'use of supernets {names}', uses,
+        _zero_to_one | dict(include=[1/K-.01, 1/K+.01]))]
+
+def _live_panels(log:Sequence[Mapping]) -> list[tuple]: # head, lines (x, y, style), range options
+    "Return the panels that a log of live training fills."
+    x, loss = _series(log, 'loss')
+    panels = [(f'training loss {_last(loss)}', [(x, loss, _line())], {})]
+    x, acc = _series(log, 'acc')
+    if len(x):
+        head = f'accuracy of {acc.shape[1]} paths {_last(np.median(acc, axis=1))}'
+        panels.append((head, _band(x, acc), _zero_to_one))
+    x, tau = _series(log, 'tau')
+    if len(x):
+        head = f'tau against the truth {_last(tau)}'
+        panels.append((head, [(x, tau, _line())], dict(clipmin=-1, clipmax=1)))
+    return panels + (_code_panels(log) if any('mean_code' in r for r in log) else [])
 
 # %% ../../nbs/figures/30_runs.ipynb #55981115
 def live_note(
     log:Sequence[Mapping], # as in `plot_live`
 ) -> str:
-    "How far a training is, and how fast."
+    "Say how far a training is, and how fast."
     if not len(log): return ''
-    done, of, speed, left = (log[-1].get(k, math.nan) for k in ('update', 'n_updates', 'per_second', 'left'))
-    parts = [f'{done:,}' + (f' of {of:,}' if of > 0 else '') + ' updates', speed > 0 and f'{speed:.3g} a second',
-             left > 0 and f'{format_time(left)} left']
-    return ', '.join(filter(None, parts))
+    keys = ('update', 'n_updates', 'per_second', 'left')
+    update, n_updates, speed, left = (log[-1].get(key, math.nan) for key in keys)
+    total = f' of {n_updates:,}' if n_updates > 0 else ''
+    parts = [f'{update:,}{total} updates']
+    if speed > 0: parts.append(f'{speed:.3g} a second')
+    if left > 0: parts.append(f'{format_time(left)} left')
+    return ', '.join(parts)
 
-def _live_grid(n:int) -> list[list[int]]: # n panels: rows of up to three, the columns that each spans
+# %% ../../nbs/figures/30_runs.ipynb #e5f30004
+def _live_grid(n:int) -> list[list[int]]: # a row of up to three panels: the columns that each spans
+    "Arrange `n` panels so that every row is full."
     rows = [len(r) for r in np.array_split(range(n), -(-n//3))][::-1]
     return [[math.lcm(*rows)//k]*k for k in rows]
 
-def _live_frame(panels, note:bool) -> go.Figure: # nothing in it yet
+def _live_frame(panels:list[tuple], note:bool) -> go.Figure:
+    "Make a figure of panels with lines that have no points yet."
     grid = _live_grid(len(panels))
-    specs = [[s for n in row for s in [dict(colspan=n)] + [None]*(n-1)] for row in grid]
-    fig = make_subplots(len(grid), len(specs[0]), specs=specs, subplot_titles=[' ']*len(panels), horizontal_spacing=.08,
-        vertical_spacing=.2)
-    where = [(i+1, 1+sum(row[:j])) for i,row in enumerate(grid) for j in range(len(row))]
-    for (_,lines,scale),(row,col) in zip(panels, where):
-        for *_,look in lines: fig.add_trace(go.Scatter(look, showlegend=False), row=row, col=col)
-        fig.update_yaxes(autorangeoptions=scale, nticks=6, row=row, col=col)
+    specs = []
+    places = []
+    for row,spans in enumerate(grid, 1):
+        specs.append([])
+        for span in spans:
+            places.append(dict(row=row, col=len(specs[-1])+1))
+            specs[-1] += [dict(colspan=span)] + [None]*(span-1)
+    fig = make_subplots(len(grid), len(specs[0]), specs=specs,
+        subplot_titles=[' ']*len(panels), horizontal_spacing=.08, vertical_spacing=.2)
+    for (_,lines,scale),place in zip(panels, places):
+        for *_,style in lines: fig.add_trace(go.Scatter(style, showlegend=False), **place)
+        fig.update_yaxes(autorangeoptions=scale, nticks=6, **place)
     fig.update_xaxes(nticks=5)
-    return stacked(finish(fig, 'Training', ' '*note, 40+20*note+230*len(grid), margin=dict(t=76+20*note, b=28)), len(panels), 230)
+    finish(fig, 'Training', ' '*note, 40+20*note+230*len(grid),
+        margin=dict(t=76+20*note, b=28))
+    return stacked(fig, len(panels), 230)
 
 # %% ../../nbs/figures/30_runs.ipynb #a3007592
 def plot_live(
-    log:Sequence[Mapping], # what `kshot.lab.live.LiveCallback` has recorded
-    into:go.Figure|None=None, # what was made of the beginning of the same log, to change in place
-    note:bool=True,        # `live_note` below the title?
-) -> go.Figure:            # `into`, where it is given
-    "Loss, accuracy of a panel, tau, and what codes do, over the updates of a training; `ValueError` if `into` is of other panels."
+    log:Sequence[Mapping],    # what `kshot.lab.live.LiveCallback` has recorded
+    into:go.Figure|None=None, # drawn from the beginning of the same log, to update in place
+    note:bool=True,           # `live_note` below the title?
+) -> go.Figure:               # `into` if it was given
+    "Draw a training as its log grows; `ValueError` if `into` has other panels."
     if not len(log): return empty('Training', 'no update yet')
     panels = _live_panels(log)
-    fig, lines = into or _live_frame(panels, note), [l for _,lines,_ in panels for l in lines]
-    if len(fig.data) != len(lines): raise ValueError(f'a figure of {len(fig.data)} lines to change, expected {len(lines)}')
-    for t,(x,y,_) in zip(fig.data, lines):
-        t.x, t.y = x, y
-        if t.mode != 'lines': t.marker.size = 5 if len(x) < 40 else 2
-    for a,(head,*_) in zip(fig.layout.annotations, panels): a.text = head
+    fig = into or _live_frame(panels, note)
+    lines = list(itertools.chain.from_iterable(panel for _,panel,_ in panels))
+    if len(fig.data) != len(lines):
+        raise ValueError(f'a figure of {len(fig.data)} lines to change, expected {len(lines)}')
+    for trace,(x,y,_) in zip(fig.data, lines):
+        trace.x, trace.y = x, y
+        if trace.mode != 'lines': trace.marker.size = 5 if len(x) < 40 else 2
+    for annotation,(head,*_) in zip(fig.layout.annotations, panels): annotation.text = head
     if note: fig.layout.title.subtitle.text = live_note(log)
     return fig
