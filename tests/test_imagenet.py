@@ -130,7 +130,7 @@ def test_bad_input_is_one_line(images, runs, tmp_path, capsys):
         assert not (tmp_path/'runs').exists()
     before = content(runs/'net')
     assert 'is not empty: resume it or choose another' in ends_with(capsys, train, '--runs', runs, '--name', 'net', '--folder', images, *SMALL, '--K', 2)
-    assert "argument --K: invalid int value: 'two'" in ends_with(capsys, train, '--runs', runs, '--name', 'net', '--K', 'two')
+    assert "--K: 'two', expected a whole number" in ends_with(capsys, train, '--runs', runs, '--name', 'net', '--K', 'two')
     assert content(runs/'net') == before
 
 @pytest.mark.parametrize('key,value,says', [('K', 2, 'checkpoint of K 4, expected 2'), ('epochs', 5, 'checkpoint of 3 epochs, expected 5'),

@@ -113,11 +113,11 @@ def test_damaged_source(kind, home, tmp_path):
 def test_damaged_source_ends_the_command(kind, home, tmp_path, call):
     space, source, text = damaged(kind, tmp_path, ran := tmp_path/'ran')
     code, out, err = call('import', space, source)
-    assert (code, out, err.count('\n')) == (2, '', 1) and err.startswith('kshot_tables: ') and text in err
+    assert (code, out, err.count('\n')) == (2, '', 1) and err.startswith('kshot_tables import: ') and text in err
     assert not home.exists() and not ran.exists()
 
 @pytest.mark.parametrize('args,text', [(['show', 'nb201'], "table 'nb201', expected one of digits or a .parquet file; kshot_tables import nb201 FILE"),
-    (['import', 'cifar', 'x'], "format 'cifar', expected one of macro"), (['import', 'macro'], 'no source of table macro'), (['drop'], "action 'drop', expected list"),
+    (['import', 'cifar', 'x'], "format 'cifar', expected one of macro"), (['import', 'macro'], 'no source of table macro'), (['drop'], "subcommand 'drop', expected list"),
     (['baselines', 'digits', '--epochs', '7'], 'has no epochs 7, expected one of [20]')])
 def test_wrong_argument(args, text, home, call):
     code, out, err = call(*args)

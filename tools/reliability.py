@@ -32,7 +32,7 @@ import kshot.tables
 from kshot.base.files import write_json
 from kshot.checkpoint import checkpoints, load_tensors
 from kshot.config import Config
-from kshot.jobs import search_run
+from kshot.jobs import Budget, search_run
 from kshot.record import environment, read_run
 from kshot.runs import load_run, train_run
 from kshot.studies.grid import make_rows
@@ -51,7 +51,7 @@ def train(folder):
     train_run(CONFIG, folder/'run', resume=is_begun, progress=False)
 
 def search(folder): # of a trained run: two generations, within a budget
-    search_run(folder/'run', 120, 'nsga2', dict(macs=20_000), n_calibration=1)
+    search_run(folder/'run', 120, 'nsga2', Budget(macs=20_000), n_calibration=1)
 
 def study(folder):
     base = dict(space='digits', epochs=2, passes=1, bs=200, channels=4, n_paths=8, n_calibration=1)

@@ -174,7 +174,7 @@ def work(
     "Do rows of a study until none is left that nobody works on."
     rows = study_rows(folder)
     if threads: torch.set_num_threads(threads)
-    else: set_threads(**rows[0].settings)
+    else: set_threads(rows[0].settings)
     is_done = lambda path: 1. if run_row(rows[path[0]], folder) else 0. # a number, as a search wants it
     queue(folder).run(is_done, len(rows), 'exhaustive', progress=progress)
 
