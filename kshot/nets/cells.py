@@ -84,9 +84,9 @@ class NB201Net(SplitNet):
     ) -> Iterator[tuple[int, int|Copy]]: # block, op
         "One op an edge."
         into = nb201_inputs(path)
-        for l,((i,_),o) in enumerate(zip(NB201_EDGES, path)): yield l, self.key(l, o, input=into[i])
+        for l,((i,_),o) in enumerate(zip(NB201_EDGES, path)): yield l, self.copy_for(l, o, input=into[i])
 
-    def ways(self, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input'
+    def uses(self, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input'
         "Sets of nodes that the node before an edge may read."
         return range(2**NB201_EDGES[l][0])
 
@@ -169,11 +169,11 @@ def reads(self:NB101Net,
         before = [u for u,row in zip(cell.vertices, cell.matrix) if row[k]]
         uses = [dict(edge=u) for u in before] if 'edge' in self.splits else [dict(input=_number(before))]
         if v < 6:
-            for o in dict.fromkeys(self.key(20+v, cell.ops[k-1], width=i, **use) for use in uses): yield (20+v, o, *w)
-        if 0 in before: yield ((l := NB101_EDGES.index((0,v))), self.key(l, 1, width=i), *w)
+            for o in dict.fromkeys(self.copy_for(20+v, cell.ops[k-1], width=i, **use) for use in uses): yield (20+v, o, *w)
+        if 0 in before: yield ((l := NB101_EDGES.index((0,v))), self.copy_for(l, 1, width=i), *w)
 
 @patch
-def ways(self:NB101Net, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'width', 'edge' or 'input'
+def uses(self:NB101Net, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'width', 'edge' or 'input'
     "Widths in the three stacks, vertices before a vertex, or sets of them."
     if by == 'width': return self.widths if l != NB101_EDGES.index((0,6)) else self.widths[:1] # the output has all channels
     return range({'edge': l-20, 'input': 2**(l-20) - 1}[by] if l > 20 else 1)
@@ -258,10 +258,10 @@ def reads(self:DartsNet,
     for l in range(0, 32, 2):
         (o, i), is_normal = path[l:l+2], l < 16
         j = i if is_normal or i < 2 else i-2
-        yield l, self.key(l, o if is_normal or i >= 2 else Copy(o, stride=2), input=j, edge=j)
+        yield l, self.copy_for(l, o if is_normal or i >= 2 else Copy(o, stride=2), input=j, edge=j)
 
 @patch
-def ways(self:DartsNet, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input' or 'edge'
+def uses(self:DartsNet, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input' or 'edge'
     "Nodes that a place may read, at this stride."
     n_before = l%16//4
     if l < 16: return range(n_before+2)
