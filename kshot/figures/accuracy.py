@@ -11,178 +11,293 @@ from typing import Literal, get_args
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import hex_to_rgb, sample_colorscale
 from scipy.ndimage import gaussian_filter1d
-from .codes import path_array
-from .look import OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of
+from .codes import op_index, path_array
+from .look import (
+    OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of)
 from ..space import Space
 
 # %% ../../nbs/figures/45_accuracy.ipynb #60208e0f
 Distribution = Literal['violin', 'histogram', 'ecdf']
 
-def _parts(s:pd.DataFrame, by:str, split:str|None) -> tuple[dict, list]: # (run, row) -> accuracies; rows: runs, or values of `split`
-    runs = {k: (g, 'acc_super') for k,g in s.groupby(by, sort=False)} if by in s else {'supernet': (s, 'acc_super')}
-    if 'acc_alone' in s: runs['stand-alone'] = (s.drop_duplicates('path') if 'path' in s else s, 'acc_alone')
-    out = {}
-    for k,(g,c) in runs.items():
-        g = finite(g, c)[0]
-        for r,v in g.groupby(split, observed=True)[c] if split else [(k, g[c])]:
-            if len(v): out[k, r] = v.to_numpy()
-    rows, order = list(dict.fromkeys(row for _,row in out)), s[split] if split else None
-    return out, sorted(rows, key=list(order.cat.categories).index) if hasattr(order, 'cat') else rows
+def _columns(scores:pd.DataFrame, by:str) -> dict: # run -> its rows and its column of accuracies
+    "Tell runs apart, and the truth, in which each path counts once."
+    columns = {'supernet': (scores, 'acc_super')}
+    if by in scores:
+        columns = {run: (own, 'acc_super') for run,own in scores.groupby(by, sort=False)}
+    if 'acc_alone' in scores:
+        paths = scores.drop_duplicates('path') if 'path' in scores else scores
+        columns['stand-alone'] = paths, 'acc_alone'
+    return columns
+
+def _parts(scores:pd.DataFrame, by:str, split:str|None) -> tuple[dict, list]:
+    "Return (run, row) -> accuracies, and the rows: runs, or values of `split`."
+    parts = {}
+    for run,(own,column) in _columns(scores, by).items():
+        own, _ = finite(own, column)
+        groups = own.groupby(split, observed=True)[column] if split else [(run, own[column])]
+        parts |= {(run, row): values.to_numpy() for row,values in groups if len(values)}
+    rows = list(dict.fromkeys(row for _,row in parts))
+    if split and hasattr(scores[split], 'cat'):
+        rows.sort(key=list(scores[split].cat.categories).index)
+    return parts, rows
 
 def accuracy_rows(
     scores:pd.DataFrame,  # as in `plot_accuracy`
     by:str='K',           # as there
     split:str|None=None,  # as there
 ) -> list:                # values of `split`, or runs and 'stand-alone'
-    "What the rows of `plot_accuracy` are, top down: the i-th of n lies between heights n-1-i and n-i."
+    "List the rows of `plot_accuracy` from the top: the i-th of n is between n-1-i and n-i."
     return _parts(scores, by, split)[1]
 
 # %% ../../nbs/figures/45_accuracy.ipynb #0f934f48
-def _hill(v:np.ndarray, edges:np.ndarray, kind:str) -> tuple[np.ndarray, np.ndarray]: # x, heights: 1 at the highest
-    h = np.histogram(v, edges)[0].astype(float)
-    if kind == 'histogram': x = np.repeat(edges, 2)[1:-1]; return x, np.repeat(h/h.max(), 2)
-    width, x = edges[1]-edges[0], (edges[1:]+edges[:-1])/2
-    h = gaussian_filter1d(h, max(.5, v.std()*len(v)**-.2/width), mode='constant') # Scott's rule
-    inside = (x > v.min()) & (x < v.max())
-    x, h = np.r_[v.min(), x[inside], v.max()], np.r_[np.interp(v.min(), x, h), h[inside], np.interp(v.max(), x, h)]
-    return x, h/h.max()
+def _hill(values:np.ndarray, edges:np.ndarray, kind:Distribution) -> tuple[np.ndarray, np.ndarray]:
+    "Return x and heights of a distribution, 1 at the highest."
+    heights = np.histogram(values, edges)[0].astype(float)
+    if kind == 'histogram':
+        return np.repeat(edges, 2)[1:-1], np.repeat(heights/heights.max(), 2)
+    width = edges[1]-edges[0]
+    centers = (edges[1:]+edges[:-1])/2
+    bandwidth = values.std()*len(values)**-.2 # Scott's rule
+    heights = gaussian_filter1d(heights, max(.5, bandwidth/width), mode='constant')
+    low, high = np.quantile(values, [0, 1])
+    x = np.r_[low, centers[(centers > low) & (centers < high)], high] # it ends where the data do
+    heights = np.interp(x, centers, heights)
+    return x, heights/heights.max()
+
+def _hill_range(parts:dict, margin:float=1) -> list: # low, high
+    "Return the range of all values, with a margin in hundredths of it."
+    low = min(v.min() for v in parts.values())
+    high = max(v.max() for v in parts.values())
+    room = margin*max((high-low)*.01, 1e-3)
+    return [low-room, high+room]
+
+def _hill_edges(parts:dict, kind:Distribution) -> np.ndarray:
+    "Return bins for all distributions: fine ones to smooth, fewer to count."
+    n = max(map(len, parts.values()))
+    n_bins = 256 if kind == 'violin' else int(np.clip(2*n**.5, 20, 60))
+    return np.linspace(*_hill_range(parts), n_bins+1)
 
 # %% ../../nbs/figures/45_accuracy.ipynb #6f06b3e3
-def _ridges(parts:dict, rows:list, colors:dict, names:dict|None, split:str|None, kind:str) -> go.Figure:
-    "A hill over a bar of quartiles in each row; a row holds a run, or all runs."
-    fig, (lo, hi) = go.Figure(), (f([f(v) for v in parts.values()]) for f in (np.min, np.max))
-    pad, n = max((hi-lo)*.01, 1e-3), max(map(len, parts.values()))
-    edges = np.linspace(lo-pad, hi+pad, 1+(256 if kind == 'violin' else int(np.clip(2*n**.5, 20, 60))))
-    for i,(k,color) in enumerate(colors.items()):
-        own = {r: v for (run,r),v in parts.items() if run == k}
-        base = {r: len(rows)-1-rows.index(r) for r in own}
-        hills = {r: _hill(v, edges, kind) for r,v in own.items()}
-        x = np.concatenate([[h[0][0], *h[0], h[0][-1], np.nan] for h in hills.values()])
-        y = np.concatenate([[base[r], *(base[r]+.8*h[1]), base[r], np.nan] for r,h in hills.items()])
-        q = np.array([np.quantile(v, (.25, .5, .75)) for v in own.values()])
-        low = np.array([*base.values()])-.06*(i+1 if split else 1)
-        look, name = dict(color=color, width=1.5), label_of(k, names)
-        tells = [f'{name}{f", {r}" if split else ""}<br>{len(v):,} paths: median {m:.3f}, mean {v.mean():.3f}<br>'
-                 f'{v.min():.3f} to {v.max():.3f}' for (r,v),m in zip(own.items(), q[:,1])]
-        group = dict(name=name, legendgroup=str(k))
-        fill = dict(fill='toself', fillcolor=f'rgba{(*hex_to_rgb(color), .25 if split else .5)}')
-        fig.add_scatter(x=x, y=y, mode='lines', **fill, line=look, hoverinfo='skip', showlegend=True, **group)
-        bars = dict(x=np.c_[q[:,[0, 2]], q[:,:1]*np.nan].ravel(), y=np.c_[low, low, low*np.nan].ravel())
-        fig.add_scatter(**bars, mode='lines', line=look|dict(width=4), hoverinfo='skip', showlegend=False, **group)
-        fig.add_scatter(x=q[:,1], y=low, mode='markers', marker=dict(color=color, size=9), unselected_marker_opacity=1, showlegend=False,
-            text=tells, hovertemplate='%{text}<extra></extra>', **group)
-    ticks = dict(tickvals=list(range(len(rows)))[::-1], ticktext=[str(r) if split else label_of(r, names) for r in rows])
-    fig.update_xaxes(range=[lo-3*pad, hi+3*pad])
-    return fig.update_yaxes(**ticks, showgrid=False, range=[-.1-.06*len(colors), len(rows)-.1])
+def _add_hills(fig:go.Figure, own:dict, base:dict, edges:np.ndarray, kind:Distribution, **style):
+    "Add the hills of one run, closed at their base, as one trace."
+    xs = []
+    ys = []
+    for row,values in own.items():
+        x, heights = _hill(values, edges, kind)
+        xs += [x[0], *x, x[-1], np.nan]
+        ys += [base[row], *(base[row]+.8*heights), base[row], np.nan]
+    fig.add_scatter(x=np.array(xs), y=np.array(ys), mode='lines', fill='toself',
+        hoverinfo='skip', showlegend=True, **style)
+
+def _add_quartiles(fig:go.Figure, own:dict, y:np.ndarray, name:str, split, color:str, **style):
+    "Add a bar over the middle half and a dot at the median of each row of one run."
+    quartiles = np.array([np.quantile(values, (.25, .5, .75)) for values in own.values()])
+    q1, median, q3 = quartiles.T
+    gap = np.full(len(own), np.nan)
+    texts = []
+    for (row,values),mid in zip(own.items(), median):
+        head = f'{name}, {row}' if split else name
+        counts = f'{len(values):,} paths: median {mid:.3f}, mean {values.mean():.3f}'
+        texts.append(f'{head}<br>{counts}<br>{values.min():.3f} to {values.max():.3f}')
+    fig.add_scatter(x=np.c_[q1, q3, gap].ravel(), y=np.c_[y, y, gap].ravel(), mode='lines',
+        hoverinfo='skip', showlegend=False, line=dict(color=color, width=4), name=name,
+        **style)
+    fig.add_scatter(x=median, y=y, mode='markers', marker=dict(color=color, size=9),
+        unselected_marker_opacity=1, showlegend=False, text=texts,
+        hovertemplate='%{text}<extra></extra>', name=name, **style)
+
+# %% ../../nbs/figures/45_accuracy.ipynb #acc00008
+def _ridges(parts:dict, rows:list, colors:dict, names, split, kind:Distribution) -> go.Figure:
+    "Draw a hill over a bar of quartiles in each row; a row holds a run, or all runs."
+    fig = go.Figure()
+    edges = _hill_edges(parts, kind)
+    for i,(run,color) in enumerate(colors.items()):
+        own = {row: values for (part,row),values in parts.items() if part == run}
+        base = {row: len(rows)-1-rows.index(row) for row in own}
+        name = label_of(run, names)
+        tint = f'rgba{(*hex_to_rgb(color), .25 if split else .5)}'
+        _add_hills(fig, own, base, edges, kind, fillcolor=tint,
+            line=dict(color=color, width=1.5), name=name, legendgroup=str(run))
+        y = np.array([*base.values()])-.06*(i+1 if split else 1)
+        _add_quartiles(fig, own, y, name, split, color, legendgroup=str(run))
+    texts = [str(row) if split else label_of(row, names) for row in rows]
+    fig.update_xaxes(range=_hill_range(parts, margin=3))
+    return fig.update_yaxes(tickvals=list(range(len(rows)))[::-1], ticktext=texts,
+        showgrid=False, range=[-.1-.06*len(colors), len(rows)-.1])
 
 # %% ../../nbs/figures/45_accuracy.ipynb #98cbe704
-def _ecdfs(parts:dict, rows:list, colors:dict, names:dict|None, split:str|None) -> go.Figure:
-    "Share of paths up to an accuracy, a line a run; split, a colour a row and a dash a run."
-    fig, dashes = go.Figure(), dict(zip(colors, itertools.cycle(('solid', 'dash', 'dot'))))
-    if split: colors = color_of(map(str, rows)) if len(rows) <= 6 else dict(zip(map(str, rows), sample_colorscale(SCALE, len(rows))))
-    for k,r in parts:
-        v = np.sort(parts[k, r])
-        at = np.unique(np.linspace(0, len(v)-1, min(len(v), 500)).astype(int)) # every value of few
-        x, y = v[at], (at+1)/len(v)
-        name, key = (str(r), str(r)) if split else (label_of(k, names), k)
-        fig.add_scatter(x=np.r_[x[0], x], y=np.r_[0, y], name=name, mode='lines', legendgroup=str(key), hovertemplate=
-            f'{label_of(k, names)}{f", {r}" if split else ""}<br>%{{y:.0%}} up to %{{x:.3f}}<extra></extra>',
-            showlegend=not split or k == next(iter(dashes)),
-            line=dict(color=colors[key], width=2, dash=dashes[k] if split else 'solid', shape='hv'))
+def _row_colors(rows:list) -> dict: # a row as text -> colour
+    texts = list(map(str, rows))
+    return color_of(texts) if len(rows) <= 6 else dict(zip(texts,
+        sample_colorscale(SCALE, len(rows))))
+
+def _steps(values:np.ndarray, n:int=500) -> tuple[np.ndarray, np.ndarray]:
+    "Return x and share of an ECDF: every value of few, `n` of many."
+    values = np.sort(values)
+    at = np.unique(np.linspace(0, len(values)-1, min(len(values), n)).astype(int))
+    x = values[at]
+    return np.r_[x[0], x], np.r_[0, (at+1)/len(values)]
+
+def _ecdfs(parts:dict, rows:list, colors:dict, names, split) -> go.Figure:
+    "Draw the share of paths up to an accuracy, a line per run and row."
+    fig = go.Figure()
+    dashes = dict(zip(colors, itertools.cycle(('solid', 'dash', 'dot'))))
+    first = next(iter(dashes))
+    if split: colors = _row_colors(rows)
+    for (run,row),values in parts.items():
+        x, share = _steps(values)
+        run_name = label_of(run, names)
+        key = str(row) if split else run
+        head = f'{run_name}, {row}' if split else run_name
+        line = dict(color=colors[key], width=2, dash=dashes[run] if split else 'solid',
+            shape='hv')
+        fig.add_scatter(x=x, y=share, mode='lines', line=line,
+            name=str(row) if split else run_name, legendgroup=str(key),
+            showlegend=not split or run == first,
+            hovertemplate=f'{head}<br>%{{y:.0%}} up to %{{x:.3f}}<extra></extra>')
     return fig
 
 # %% ../../nbs/figures/45_accuracy.ipynb #47880aaa
 def plot_accuracy(
-    scores:pd.DataFrame,   # columns acc_super; acc_alone, path, `by` and `split` where known
-    names:dict|None=None,  # value of `by` -> label
-    by:str='K',            # a distribution for each value of this column
+    scores:pd.DataFrame,  # columns acc_super; acc_alone, path, `by` and `split` if known
+    names:dict|None=None, # value of `by` -> label
+    by:str='K',           # a distribution for each value of this column
     kind:Distribution='violin', # how each is drawn
-    split:str|None=None,   # column whose values stand apart, see `op_at` and `cost_bins`; None: none
+    split:str|None=None,  # column that splits the distributions, see `op_at` and `cost_bins`
 ) -> go.Figure:
-    "Distributions of supernet accuracy, one per run, and that of stand-alone accuracy; `ValueError` for another kind."
-    if kind not in get_args(Distribution): raise ValueError(f'kind {kind!r}, expected one of {get_args(Distribution)}')
-    title, (s, note) = 'Accuracy over all paths', finite(scores, 'acc_super')
-    if s.empty: return empty(title, note)
-    if split is not None and split not in s: raise ValueError(f'no column {split!r} in {list(s.columns)}')
-    parts, rows = _parts(s, by, split)
+    "Draw distributions of accuracy, per run and of the truth; `ValueError` for another kind."
+    kinds = get_args(Distribution)
+    if kind not in kinds: raise ValueError(f'kind {kind!r}, expected one of {kinds}')
+    title = 'Accuracy over all paths'
+    scores, note = finite(scores, 'acc_super')
+    if scores.empty: return empty(title, note)
+    if split is not None and split not in scores:
+        raise ValueError(f'no column {split!r} in {list(scores.columns)}')
+    parts, rows = _parts(scores, by, split)
     colors = color_of(dict.fromkeys(run for run,_ in parts))
     if kind == 'ecdf':
         fig = _ecdfs(parts, rows, colors, names, split)
-        words = [f'{w}: {label_of(k, names)}' for w,k in zip(('solid', 'dashed', 'dotted'), colors)] if split else []
-        return finish(fig, title, joined(*words, note), 420, margin_b=96, xaxis_title_text='accuracy',
+        dashes = zip(('solid', 'dashed', 'dotted'), colors) if split else ()
+        lines = [f'{dash}: {label_of(run, names)}' for dash,run in dashes]
+        return finish(fig, title, joined(*lines, note), 420, margin_b=96,
+            xaxis_title_text='accuracy',
             yaxis=dict(title_text='share of paths', tickformat='.0%', range=[-.02, 1.02]))
+    fig = _ridges(parts, rows, colors, names, split, kind)
+    legend = 40 if split else 0 # its room
     height = 96+max(30*len(rows), min(76*len(rows), 420))
-    fig, low = _ridges(parts, rows, colors, names, split, kind), 40*bool(split) # room for the legend
-    return finish(fig, title, joined('bar: middle half, dot: median', note), height+low, margin_b=48+low, showlegend=low > 0,
-        xaxis_title_text='accuracy')
+    return finish(fig, title, joined('bar: middle half, dot: median', note), height+legend,
+        margin_b=48+legend, showlegend=split is not None, xaxis_title_text='accuracy')
 
 # %% ../../nbs/figures/45_accuracy.ipynb #91fef03d
 def op_at(
-    space:Space, # whose paths they are
-    paths,       # N paths: strings, tuples, or an `(N, L)` array of op indices
-    block:str,   # name of a block
+    space:Space,     # whose paths they are
+    paths,           # N paths: strings, tuples, or an `(N, L)` array of op indices
+    block:str,       # name of a block
 ) -> pd.Categorical: # N op names, in the order of the block's choices
-    "Op of each path at a block; `ValueError` for a block that is none."
+    "Return the op of each path at a block; `ValueError` for an unknown block."
     names = [b.name for b in space.blocks]
-    if block not in names: raise ValueError(f'block {block!r}, expected one of {", ".join(names)}')
+    if block not in names:
+        raise ValueError(f'block {block!r}, expected one of {", ".join(names)}')
     l = names.index(block)
-    return pd.Categorical.from_codes(path_array(space, paths)[:,l], [str(c) for c in space.blocks[l].choices], ordered=True)
+    ops = [str(choice) for choice in space.blocks[l].choices]
+    return pd.Categorical.from_codes(path_array(space, paths)[:,l], ops, ordered=True)
 
 # %% ../../nbs/figures/45_accuracy.ipynb #2cfc73c7
-def cost_bins(
-    costs,   # N numbers: MACs, parameters, ...
-    n:int=4, # bins; fewer where many paths cost the same
-) -> pd.Categorical: # N ranges, '1.2M to 3.4M'; NaN where the cost is none
-    "Bins of equally many paths, named by their ends."
-    costs = pd.to_numeric(pd.Series(np.asarray(costs)), errors='coerce').replace([np.inf, -np.inf], np.nan)
-    if costs.nunique() < 2: return pd.Categorical(costs.map(_short, na_action='ignore'))
-    bins, ends = pd.qcut(costs, n, labels=False, retbins=True, duplicates='drop')
-    texts = next(t for d in range(3, 18) if len(set(t := [_short(v, d) for v in ends])) == len(t)) # digits enough to tell the ends apart
-    return pd.Categorical.from_codes(bins.fillna(-1).astype(int), [f'{a} to {b}' for a,b in itertools.pairwise(texts)], ordered=True)
-
 def _short(v:float, digits:int=3) -> str: # 12345678 -> '12.3M'
     v = float(f'{v:.{digits}g}') # rounded first: 999,999 is 1M
     i = min(int(math.log10(abs(v))//3), 6) if abs(v) >= 1000 else 0
     return f'{v/1000**i:.{digits}g}{"kMGTPE"[i-1:i]}'
 
+def _short_names(values) -> list[str]:
+    "Write numbers with as many digits as tell them apart."
+    for digits in range(3, 18):
+        texts = [_short(v, digits) for v in values]
+        if len(set(texts)) == len(texts): break
+    return texts
+
+def cost_bins(
+    costs,           # N numbers: MACs, parameters, ...
+    n:int=4,         # bins; fewer if many paths cost the same
+) -> pd.Categorical: # N ranges, '1.2M to 3.4M'; NaN without a finite cost
+    "Put costs into bins of equally many paths, named by their ends."
+    costs = pd.to_numeric(pd.Series(np.asarray(costs)), errors='coerce')
+    costs = costs.replace([np.inf, -np.inf], np.nan)
+    if costs.nunique() < 2: return pd.Categorical(costs.map(_short, na_action='ignore'))
+    bins, ends = pd.qcut(costs, n, labels=False, retbins=True, duplicates='drop')
+    names = [f'{low} to {high}' for low,high in itertools.pairwise(_short_names(ends))]
+    return pd.Categorical.from_codes(bins.fillna(-1).astype(int), names, ordered=True)
+
 # %% ../../nbs/figures/45_accuracy.ipynb #93f4d66b
+def _ratio(a:np.ndarray, b:np.ndarray) -> np.ndarray: # NaN where `b` is 0
+    return np.divide(a, b, out=np.full(len(a), np.nan), where=b > 0)
+
 def op_shares(
-    space:Space, # whose paths they are
-    paths,       # N paths: strings, tuples, or an `(N, L)` array of op indices
-    chosen,      # `(N,)` bools
-) -> pd.DataFrame: # a row per block and op: n_chosen, n_all, share_chosen, share_all, ratio, and sds: how far from chance
-    "How often the chosen paths have an op, against all paths; `ValueError` if numbers of paths and bools differ."
-    idx, chosen = path_array(space, paths), np.asarray(chosen, bool)
-    if chosen.shape != (len(idx),): raise ValueError(f'chosen {chosen.shape} for {len(idx)} paths, expected ({len(idx)},)')
-    at, size = idx+np.cumsum((0,)+space.sizes[:-1]), sum(space.sizes)
-    count = lambda rows: np.bincount(rows.ravel(), minlength=size)
-    (n, k), (N, K) = (chosen.sum(), count(at[chosen])), (len(at), count(at))
-    index = pd.MultiIndex.from_tuples([(b.name, str(o)) for b in space.blocks for o in b.choices], names=('block', 'op'))
-    p, q = k/n if n else np.full(size, np.nan), K/max(N, 1)
-    sd = np.sqrt(n*q*(1-q)*(N-n)/max(N-1, 1))
-    ratio, sds = (np.divide(a, b, out=np.full(size, np.nan), where=b > 0) for a,b in ((p, q), (k-n*q, sd)))
-    return pd.DataFrame(dict(n_chosen=k, n_all=K, share_chosen=p, share_all=q, ratio=ratio, sds=sds), index=index)
+    space:Space,   # whose paths they are
+    paths,         # N paths: strings, tuples, or an `(N, L)` array of op indices
+    chosen,        # `(N,)` bools
+) -> pd.DataFrame: # a row per block and op: n_chosen, n_all, share_chosen, share_all, ratio, sds
+    "Compare the ops of chosen and all paths; `ValueError` unless each path has a bool."
+    ops = path_array(space, paths)
+    chosen = np.asarray(chosen, bool)
+    N = len(ops)
+    if chosen.shape != (N,):
+        raise ValueError(f'chosen {chosen.shape} for {N} paths, expected ({N},)')
+    n = chosen.sum()
+    columns = ops+np.cumsum((0,)+space.sizes[:-1])
+    def count(rows): return np.bincount(rows.ravel(), minlength=sum(space.sizes))
+    n_chosen = count(columns[chosen])
+    n_all = count(columns)
+    share_chosen = _ratio(n_chosen, np.full(len(n_chosen), n))
+    share_all = n_all/max(N, 1)
+    sd = np.sqrt(n*share_all*(1-share_all)*(N-n)/max(N-1, 1))
+    return pd.DataFrame(dict(n_chosen=n_chosen, n_all=n_all, share_chosen=share_chosen,
+        share_all=share_all, ratio=_ratio(share_chosen, share_all),
+        sds=_ratio(n_chosen-n*share_all, sd)), index=op_index(space))
 
 # %% ../../nbs/figures/45_accuracy.ipynb #5bfead47
 _ratio_scale = [[0, OKABE_ITO['blue']], [.5, '#E8E6E1'], [1, OKABE_ITO['vermillion']]]
 
+def _share_grid(s:pd.DataFrame, values, empty_value=np.nan) -> np.ndarray: # blocks down, ops across
+    row, blocks = pd.factorize(s.block)
+    column, ops = pd.factorize(s.op)
+    grid = np.full((len(blocks), len(ops)), empty_value,
+        object if empty_value == '' else float)
+    grid[row, column] = values
+    return grid
+
+def _share_heat(s:pd.DataFrame, n:int, N:int) -> go.Heatmap:
+    "Draw the ratios that chance does not explain, with the shares as numbers."
+    ratio = np.log2(s.ratio.clip(1/4, 4)).where(s.sds.abs() > 3, 0).where(s.n_all > 0)
+    hover = [f'{r.n_chosen:,} of {n:,} chosen paths, {r.n_all:,} of {N:,} in all<br>'
+             f'{r.ratio:.2f} times as often, {r.sds:+.1f} standard deviations'
+             for r in s.itertuples()]
+    blocks = s.block.unique()
+    ops = s.op.unique()
+    bar = dict(thickness=10, outlinewidth=0, tickvals=[-2, -1, 0, 1, 2],
+        ticktext=['÷4', '÷2', '1', '×2', '×4'])
+    return go.Heatmap(z=_share_grid(s, ratio), x=ops, y=blocks, zmin=-2, zmax=2,
+        colorscale=_ratio_scale, colorbar=bar, xgap=1, ygap=1,
+        text=_share_grid(s, s.share_chosen),
+        texttemplate='%{text:.0%}' if len(ops) <= 9 else None,
+        customdata=_share_grid(s, hover, ''),
+        hovertemplate='%{y}, %{x}<br>%{customdata}<extra></extra>', hoverongaps=False)
+
+# %% ../../nbs/figures/45_accuracy.ipynb #acc00021
 def plot_shares(
     shares:pd.DataFrame, # what `op_shares` returned
 ) -> go.Figure:
-    "Which ops chosen paths have more or less often than all paths, a row per block."
-    title, s = 'What the chosen paths have', shares.reset_index()
-    n = int(s.n_chosen[s.block == s.block.iloc[0]].sum()); N = int(s.n_all[s.block == s.block.iloc[0]].sum())
+    "Draw which ops the chosen paths have more or less often than all, a row per block."
+    title = 'What the chosen paths have'
+    s = shares.reset_index()
+    n, N = s[s.block == s.block.iloc[0]][['n_chosen', 'n_all']].sum().tolist()
     if not n: return empty(title, 'no path is chosen' if N else 'no rows')
-    over = np.log2(s.ratio.clip(1/4, 4)).where(s.sds.abs() > 3, 0).where(s.n_all > 0)
-    info = [f'{a:,} of {n:,} chosen paths, {b:,} of {N:,} in all<br>{r:.2f} times as often, {d:+.1f} standard deviations'
-            for a,b,r,d in zip(s.n_chosen, s.n_all, s.ratio, s.sds)]
-    (i, blocks), (j, ops) = pd.factorize(s.block), pd.factorize(s.op)
-    def wide(v, fill=np.nan): out = np.full((len(blocks), len(ops)), fill, object if fill == '' else float); out[i, j] = v; return out
-    fig = go.Figure(go.Heatmap(z=wide(over), x=ops, y=blocks, customdata=wide(info, ''), text=wide(s.share_chosen), xgap=1, ygap=1,
-        zmin=-2, zmax=2, colorscale=_ratio_scale, texttemplate='%{text:.0%}' if len(ops) <= 9 else None, hoverongaps=False,
-        hovertemplate='%{y}, %{x}<br>%{customdata}<extra></extra>',
-        colorbar=dict(thickness=10, outlinewidth=0, tickvals=[-2, -1, 0, 1, 2], ticktext=['÷4', '÷2', '1', '×2', '×4'])))
-    is_wide = sum(map(len, ops)) > 60 # names side by side
-    fig.update_yaxes(autorange='reversed', showgrid=False).update_xaxes(side='top', showgrid=False, tickangle=-90 if is_wide else 0)
-    note, t = f'share of {n:,} of {N:,} paths; grey: as chance would have it', 76+7*max(map(len, ops)) if is_wide else 100
-    return finish(fig, title, note, 12+t+max(18, 30-len(blocks)//2)*len(blocks), margin=dict(t=t, b=12))
+    fig = go.Figure(_share_heat(s, n, N))
+    blocks = s.block.unique()
+    ops = s.op.unique()
+    is_wide = sum(map(len, ops)) > 60 # the names side by side
+    top = 76+7*max(map(len, ops)) if is_wide else 100
+    fig.update_yaxes(autorange='reversed', showgrid=False)
+    fig.update_xaxes(side='top', showgrid=False, tickangle=-90 if is_wide else 0)
+    note = f'share of {n:,} of {N:,} paths; grey: as chance would have it'
+    height = 12+top+max(18, 30-len(blocks)//2)*len(blocks)
+    return finish(fig, title, note, height, margin=dict(t=top, b=12))
