@@ -1,9 +1,12 @@
-"Searches that share one storage between processes, and searches that are killed"
-import os, signal, time
+"Searches that share a storage between processes, that are killed, and storages that fail"
+import os
+import signal
+import time
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
-from kshot.search import Search
+from kshot.search import Search, search
 from kshot.space import Block, Space
 from processes import Fork
 
@@ -19,7 +22,8 @@ def score(path):
     print(space.format(path), file=log)
     time.sleep(.01)
     return sum(path)
-search(space, score, int(n), algorithm, costs={'total': sum}, budgets={'total': 5}, storage=storage, progress='bar' in sys.argv)
+search(space, score, int(n), algorithm, costs={'total': sum}, budgets={'total': 5}, storage=storage,
+       progress='bar' in sys.argv)
 '''
 
 LARGE = '''
@@ -29,25 +33,37 @@ from kshot.space import Block, Space
 folder, name, n, algorithm, storage = sys.argv[1:6]
 space = Space('large', tuple(Block(f'b{l}', tuple('abcdefghijklm')) for l in range(21))) # 13^21 paths
 log = open(f'{folder}/{name}.txt', 'a', buffering=1)
-def score(path): print(space.format(path), file=log); return -sum((o-l%13)**2 for l,o in enumerate(path))
-search(space, score, int(n), algorithm, costs={'total': sum}, budgets={'total': 90}, storage=storage) # 2 % of the paths
+def score(path):
+    print(space.format(path), file=log)
+    return -sum((o-l%13)**2 for l,o in enumerate(path))
+budgets = {'total': 90} # 2 % of the paths
+search(space, score, int(n), algorithm, costs={'total': sum}, budgets=budgets, storage=storage)
 '''
 
-STORAGES = '{}/s.log', 'sqlite:///{}/s.db'
+JOURNAL = '{}/s.log'
+SQLITE = 'sqlite:///{}/s.db'
 
-def start(folder, name, n, algorithm='nsga2', *args, storage=STORAGES[0], worker=WORKER):
+def start(folder, name, n, algorithm='nsga2', *args, storage=JOURNAL, worker=WORKER):
     return Fork(worker, folder, name, n, algorithm, storage.format(folder), *args)
 
 def finish(worker):
-    out,err = worker.communicate(timeout=60)
+    out, err = worker.communicate(timeout=60)
     assert worker.returncode == 0, err
     return out, err
 
-def scored(folder, name):
+def kill(worker):
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+
+def started(folder, name): # paths that a worker began to score
     fname = folder/f'{name}.txt'
     return fname.read_text().split() if fname.exists() else []
 
-def told(folder, storage=STORAGES[0]): return Search(SPACE, storage=storage.format(folder)).frame().path.tolist()
+def recorded(folder, storage=JOURNAL):
+    return Search(SPACE, storage=storage.format(folder)).frame().path.tolist()
+
+def lost(folder): # paths that were begun and not recorded
+    return (Counter(started(folder, 'a')) - Counter(recorded(folder))).total()
 
 def wait_for(condition, worker):
     end = time.time() + 60
@@ -56,61 +72,159 @@ def wait_for(condition, worker):
         assert time.time() < end
         time.sleep(.005)
 
-@pytest.mark.parametrize('algorithm, storage, n', [('nsga2', STORAGES[0], 160), ('exhaustive', STORAGES[0], 160), ('nsga2', STORAGES[1], 80)])
+CASES = [('nsga2', JOURNAL, 160), ('exhaustive', JOURNAL, 160), ('nsga2', SQLITE, 80)]
+
+@pytest.mark.parametrize('algorithm, storage, n', CASES)
 def test_two_workers_share_a_storage(tmp_path, algorithm, storage, n):
     workers = [start(tmp_path, name, n, algorithm, storage=storage) for name in 'ab']
     for w in workers: finish(w)
-    each = [scored(tmp_path, name) for name in 'ab']
-    paths = each[0] + each[1]
-    assert min(map(len, each)) > 10                            # both worked
-    assert len(set(paths)) == len(paths) in (n, n+1)         # no path twice; the second may have been at one when the first was done
-    assert sorted(paths) == sorted(told(tmp_path, storage))    # nothing lost
+    by_worker = [started(tmp_path, name) for name in 'ab']
+    paths = by_worker[0] + by_worker[1]
+    assert min(map(len, by_worker)) > 10 # both worked
+    assert len(set(paths)) == len(paths) # no path twice
+    assert len(paths) in (n, n+1)        # the second may have been at one when the first was done
+    assert sorted(paths) == sorted(recorded(tmp_path, storage)) # nothing lost
     assert all(sum(SPACE.parse(p)) <= 5 for p in paths)
     assert [list(f.iterdir()) for f in tmp_path.glob('*.locks')] == [[]]
 
-@pytest.mark.parametrize('storage, n, n_workers', [(STORAGES[0], 300, 4), (STORAGES[1], 40, 2)])
+@pytest.mark.parametrize('storage, n, n_workers', [(JOURNAL, 300, 4), (SQLITE, 40, 2)])
 def test_workers_in_a_large_space(tmp_path, storage, n, n_workers):
-    workers = [start(tmp_path, f'{i}', n, storage=storage, worker=LARGE) for i in range(n_workers)]
+    names = [f'{i}' for i in range(n_workers)]
+    workers = [start(tmp_path, name, n, storage=storage, worker=LARGE) for name in names]
     for w in workers: finish(w)
-    paths = [p for i in range(n_workers) for p in scored(tmp_path, f'{i}')]
-    assert n <= len(paths) < n+n_workers and len(set(paths)) == len(paths) # each may have been at one when the last was done
+    paths = sum((started(tmp_path, name) for name in names), [])
+    assert n <= len(paths) < n+n_workers # each may have been at one when the last was done
+    assert len(set(paths)) == len(paths)
     assert all(sum(map(int, p.split('-'))) <= 90 for p in paths)
 
 def test_killed_and_resumed(tmp_path):
     for i in range(3): # killed wherever it is: scoring, asking, writing
         worker = start(tmp_path, 'a', 150)
-        wait_for(lambda: len(scored(tmp_path, 'a')) >= 30*(i+1), worker)
+        wait_for(lambda: len(started(tmp_path, 'a')) >= 30*(i+1), worker)
         time.sleep(.007*i)
-        worker.send_signal(signal.SIGKILL); worker.communicate()
-        missing = Counter(scored(tmp_path, 'a')) - Counter(told(tmp_path))
-        assert missing.total() <= i+1 # of each life the path in work at the end, no finished one
-    before, began = told(tmp_path), time.time()
+        kill(worker)
+        assert lost(tmp_path) <= i+1 # each life lost the path in work, and no finished one
+    before = recorded(tmp_path)
+    began = time.time()
     finish(start(tmp_path, 'a', 150))
-    assert time.time()-began < 25     # no lock of the dead is waited for
-    assert set(before) < set(told(tmp_path)) and len(told(tmp_path)) == 150
-    assert (Counter(scored(tmp_path, 'a')) - Counter(told(tmp_path))).total() <= 3
+    assert time.time()-began < 25 # nobody waits for a lock of the dead
+    after = recorded(tmp_path)
+    assert set(before) < set(after) and len(after) == 150
+    assert lost(tmp_path) <= 3
 
 def test_the_dead_do_not_block_the_living(tmp_path):
     dead = start(tmp_path, 'dead', 1000, 'exhaustive')
-    wait_for(lambda: len(scored(tmp_path, 'dead')) > 20, dead)
+    wait_for(lambda: len(started(tmp_path, 'dead')) > 20, dead)
     living = start(tmp_path, 'living', 1000, 'exhaustive')
-    wait_for(lambda: len(scored(tmp_path, 'living')) > 20, living)
-    dead.send_signal(signal.SIGKILL); dead.communicate()
+    wait_for(lambda: len(started(tmp_path, 'living')) > 20, living)
+    kill(dead)
     finish(living)
-    assert sorted(told(tmp_path)) == sorted(SPACE.format(p) for p in SPACE if sum(p) <= 5) # also what the dead had begun
+    allowed = [SPACE.format(p) for p in SPACE if sum(p) <= 5]
+    assert sorted(recorded(tmp_path)) == sorted(allowed) # also what the dead had begun
 
 def test_the_bar_goes_to_standard_error(tmp_path):
-    out,err = finish(start(tmp_path, 'a', 20, 'random', 'bar'))
+    out, err = finish(start(tmp_path, 'a', 20, 'random', 'bar'))
     assert out == '' and '100.00% [20/20' in err
-    out,err = finish(start(tmp_path, 'a', 30, 'random'))
+    out, err = finish(start(tmp_path, 'a', 30, 'random'))
     assert out == '' and err == ''
 
 def test_killed_while_it_scores(tmp_path):
     hangs = WORKER.replace('time.sleep(.01)', 'time.sleep(60)')
-    dead = start(tmp_path, 'dead', 1, 'exhaustive', storage=STORAGES[1], worker=hangs)
-    wait_for(lambda: scored(tmp_path, 'dead'), dead)
-    finish(start(tmp_path, 'other', 1, 'exhaustive', storage=STORAGES[1]))
-    assert scored(tmp_path, 'other') == ['000001']    # the first path is in work
-    dead.send_signal(signal.SIGKILL); dead.communicate()
-    finish(start(tmp_path, 'next', 2, 'exhaustive', storage=STORAGES[1]))
-    assert scored(tmp_path, 'next') == scored(tmp_path, 'dead') == ['000000'] # and free again
+    dead = start(tmp_path, 'dead', 1, 'exhaustive', storage=SQLITE, worker=hangs)
+    wait_for(lambda: started(tmp_path, 'dead'), dead)
+    finish(start(tmp_path, 'other', 1, 'exhaustive', storage=SQLITE))
+    assert started(tmp_path, 'other') == ['000001'] # the first path is in work
+    kill(dead)
+    finish(start(tmp_path, 'next', 2, 'exhaustive', storage=SQLITE))
+    assert started(tmp_path, 'next') == started(tmp_path, 'dead') == ['000000'] # and free again
+
+# storages, in one process
+
+TOY = Space('toy', tuple(Block(f'b{l}', ('a', 'b', 'c', 'd')) for l in range(3)))
+ODD = Space('odd', TOY.blocks, is_valid=lambda p: p[0] != p[1])
+
+def near(path): return -sum((o-l)**2 for l,o in enumerate(path))
+
+class BreaksAt:
+    "A score that fails at its `n`-th call, once, and remembers its paths."
+    def __init__(self, n):
+        self.n = n
+        self.paths = []
+    def __call__(self, path):
+        if len(self.paths)+1 == self.n:
+            self.n = None
+            raise RuntimeError('power cut')
+        self.paths.append(path)
+        return near(path)
+
+def test_a_database_keeps_a_search(tmp_path):
+    kwargs = dict(costs=dict(total=sum), budgets=dict(total=6), storage=f'sqlite:///{tmp_path}/new/s.db')
+    score = BreaksAt(7)
+    with pytest.raises(RuntimeError, match='power cut'): search(TOY, score, 20, **kwargs)
+    frame = search(TOY, score, 12, **kwargs)
+    assert len(frame) == len(score.paths) == len(set(score.paths)) == 12
+    assert frame.equals(Search(TOY, **kwargs).frame())
+    assert sorted(os.listdir(tmp_path/'new')) == ['s.db', 's.db.locks']
+    assert os.listdir(tmp_path/'new'/'s.db.locks') == []
+    with pytest.raises(ValueError, match='has space toy, expected odd'): search(ODD, near, 9, **kwargs)
+
+def test_locks_in_a_folder_of_their_own(tmp_path):
+    kwargs = dict(storage=f'sqlite:///{tmp_path}/s.db', locks=tmp_path/'locks')
+    a, b = Search(TOY, **kwargs), Search(TOY, **kwargs)
+    assert a.take((0, 0, 1)) and not b.take((0, 0, 1))
+    assert os.listdir(tmp_path/'locks')
+
+def error_of(storage, **kwargs):
+    with pytest.raises(ValueError) as e: search(TOY, near, 2, storage=storage, **kwargs)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+def test_what_is_wrong_with_a_storage_fits_one_line(tmp_path):
+    (tmp_path/'file').write_text('no database')
+    assert 'NotADirectoryError' in error_of(tmp_path/'file'/'s.log')
+    assert 'NotADirectoryError' in error_of(tmp_path/'s.log', locks=tmp_path/'file'/'x')
+    assert 'IsADirectoryError' in error_of(tmp_path, locks=tmp_path/'locks')
+    assert 'file is not a database' in error_of(f'sqlite:///{tmp_path}/file')
+    assert 'unable to open' in error_of(f'sqlite:///{tmp_path}/none/s.db', locks=tmp_path)
+
+URLS = ['nosuch://me:secret@host/db', 'postgresql://me:secret@host:port/db',
+        'postgresql+nosuch://me:secret@host/db', '://secret']
+
+@pytest.mark.parametrize('url', URLS)
+def test_an_error_shows_no_password(url):
+    text = error_of(url)
+    assert 'secret' not in text and '://*** cannot be used' in text
+
+def test_a_missing_driver_is_named():
+    with patch.dict('sys.modules', psycopg=None, psycopg2=None):
+        assert 'pip install "psycopg[binary]"' in error_of('postgresql://me:secret@host/db')
+
+def test_workers_without_locks(tmp_path):
+    "As on a server without `locks`: workers have streams of their own; a path that both score counts once."
+    a, b = [Search(TOY, storage=f'sqlite:///{tmp_path}/s.db') for _ in range(2)]
+    a.locks = b.locks = None
+    def score_with_b(path):
+        b.run(near, b.n_done+1, 'exhaustive') # the same path at the same time
+        return near(path)
+    a.run(score_with_b, 6, 'exhaustive')
+    assert [len(a.frame()), len(a.record.trials)] == [6, 6]
+
+    wide = Space('wide', tuple(Block(f'b{l}', tuple('abcde')) for l in range(10)))
+    a, b = [Search(wide, storage=f'sqlite:///{tmp_path}/s.db', name=name) for name in 'ab']
+    a.locks = b.locks = None
+    assert set(a.run(sum, 5).path) != set(b.run(sum, 5).path)
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    log = tmp_path/'s.log'
+    search(TOY, near, 9, storage=log)
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-30])
+    assert len(search(TOY, near, 8, storage=log)) == 8
+    assert log.read_bytes() == whole[:whole[:-1].rfind(b'\n')+1]
+
+@pytest.mark.parametrize('text', [b'path,score\n', b'{"op_code":0}\nnothing\n{"op_code":0}\n'])
+def test_a_file_of_something_else_stays_as_it_is(tmp_path, text):
+    log = tmp_path/'s.log'
+    log.write_bytes(text)
+    with pytest.raises(ValueError, match='expected a journal file'): search(TOY, near, 9, storage=log)
+    assert log.read_bytes() == text

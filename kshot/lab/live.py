@@ -65,9 +65,9 @@ class LiveCallback(Callback):
 
 # %% ../../nbs/lab/50_live.ipynb #7e295b5d
 def known_truth(
-    truth, # path (string) -> stand-alone accuracy: dict, Series, or DataFrame with a column a seed; or None
+    truth, # path (string) -> stand-alone accuracy: dict, Series, DataFrame (a column a seed) or None
 ) -> pd.Series|None:
-    "Return the accuracies that are known; `TypeError` for other kinds, `ValueError` for fewer than 2 paths."
+    "Return the known accuracies; `TypeError` for other kinds, `ValueError` for fewer than 2 paths."
     if truth is None: return None
     if isinstance(truth, pd.DataFrame): truth = truth.mean(axis=1)
     if not isinstance(truth, (pd.Series, Mapping)):
@@ -148,7 +148,7 @@ def _show_panel(self:LiveCallback):
 
 @patch
 def _price_of_a_look(self:LiveCallback) -> float: # seconds
-    self._try('look', lambda: self._score(self.paths[:2])) # the first score is slower than all others
+    self._try('look', lambda: self._score(self.paths[:2])) # the first score is the slowest
     start = time.perf_counter()
     self._try('look', lambda: self._score(self.paths[:1]))
     return (time.perf_counter()-start)*len(self.paths)
@@ -211,7 +211,7 @@ def _can(self:LiveCallback, kind:str) -> bool:
 @patch
 def _spend(self:LiveCallback, kinds:list):
     if torch.cuda.is_available(): torch.cuda.synchronize() # training pays for this wait
-    if {'codes', 'look'} & {*kinds} and 'tick' not in kinds: kinds = ['tick', *kinds] # they extend a record
+    if kinds != ['drawing'] and 'tick' not in kinds: kinds = ['tick', *kinds] # opens a record
     for kind in filter(self._can, kinds):
         with self.budget.spending(kind): self._work([kind])
 
@@ -338,7 +338,7 @@ class LiveSearch:
     "Draw a search while it runs: `search.run(score, n, progress=LiveSearch())`."
     def __init__(self,
         cost:str|None=None, # name of the cost that is drawn first; None: one with a budget, or any
-        take:Callable|None=None, # `take(path)`: what *Extract* makes of a path, such as a `calibrated_subnet`
+        take:Callable|None=None, # `take(path)`: what *Extract* does, such as a `calibrated_subnet`
         share:float=.02,    # of the search time, at most
     ):
         self.cost = cost

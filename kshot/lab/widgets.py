@@ -30,7 +30,7 @@ function watchPointer(el, send) {
   let told = 0; // when the kernel last heard that the pointer is over a live figure; 0: it is not
   const point = e => {
     const panel = e.target.closest?.('.kshot-live .js-plotly-plot')?.closest('.kshot-live');
-    const isOver = e.buttons ? told > 0 : !!panel?.contains(el); // plotly covers the page during a drag
+    const isOver = e.buttons ? told > 0 : !!panel?.contains(el); // a drag covers the page
     if (isOver ? Date.now() < told+1000 : !told) return;
     told = isOver ? Date.now() : 0;
     send({is_pointed: isOver});
@@ -44,7 +44,8 @@ function watchPointer(el, send) {
 _PAGE = """
 export default { render({model, el}) {
   const notice = document.createElement('div');
-  notice.style.cssText = 'display: none; padding: 6px 10px; border-radius: 4px; background: #E69F00';
+  notice.style.cssText = 'display: none; padding: 6px 10px; border-radius: 4px';
+  notice.style.background = '#E69F00';
   notice.style.color = '#000';
   el.append(notice);
   const send = o => {
@@ -88,7 +89,7 @@ export default { render({model, el}) {
 class Window(anywidget.AnyWidget):
     "Tell what the page around widgets is like; `width` is 0 until a page has reported."
     _esm = _POINTER + _PAGE
-    _css = '.kshot-panel .jupyter-widgets-disconnected::before { display: none }' # the notice says it
+    _css = '.kshot-panel .jupyter-widgets-disconnected::before { display: none }' # see `_PAGE`
     is_dark = traitlets.Bool(False)
     width = traitlets.Int(0)  # pixels
     closed = traitlets.Int(0) # views that are gone
@@ -104,7 +105,7 @@ class Window(anywidget.AnyWidget):
     def is_narrow(self) -> bool: return 0 < self.width < 620
 
     @property
-    def is_held(self) -> bool: return time.monotonic() < self.held_until # the pointer is over a live figure
+    def is_held(self) -> bool: return time.monotonic() < self.held_until # by the pointer
 
 # %% ../../nbs/lab/10_widgets.ipynb #43bac864
 @patch
@@ -138,7 +139,7 @@ class View:
     "Show one plain figure after another in a widget, in the page's theme and width."
     def __init__(self,
         window:Window, # tells theme and width
-        **on, # click, hover, unhover, selection, deselect: functions of the event that plotly reports
+        **on, # click, hover, unhover, selection, deselect: functions of plotly's events
     ):
         self.window = window
         self.on = on
@@ -234,14 +235,14 @@ def show(self:View,
             w.data = []
             w.add_traces(fig.data)
             self._listen(w)
-        if time.monotonic() < self.born+20: # a page that has not loaded plotly yet misses the update
+        if time.monotonic() < self.born+20: # a page without plotly yet misses the update
             w._widget_data = [t.to_plotly_json() for t in w.data]
             w._widget_layout = w.layout.to_plotly_json()
 
 # %% ../../nbs/lab/10_widgets.ipynb #f4d1014d
 @patch
 def update(self:View,
-    change:Callable[[go.Figure], object], # changes a figure in place, without adding or removing a trace
+    change:Callable[[go.Figure], object], # changes a figure in place, but not its traces' number
 ):
     "Change the figure that is there; for what is drawn many times a minute."
     with self.lock, self.widget.batch_update():
