@@ -10,7 +10,7 @@ __all__ = ['BENCHMARKS', 'Training', 'Benchmark', 'register', 'is_spelling', 'lo
 import re, sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -23,7 +23,7 @@ from torch import nn
 from .datasets.importers import (import_latency, import_macro, import_macro_parquet, import_nb101, import_nb101_parquet,
                                       import_nb201, import_nb201_parquet, import_nds)
 from .nets.cells import DartsNet, NB101Net, NB201Net
-from .networks import digits_net, macro_net, mobilenet_net, share, shufflenet_net
+from .networks import Sharing, digits_net, macro_net, mobilenet_net, share, shufflenet_net
 from .space import Path, Space
 from .spaces import (darts_space, digits_space, macro_space, mobilenet_space, n_convs, nb101_space, nb201_space,
                           shufflenet_space, with_widths)
@@ -209,33 +209,28 @@ def get_space(
     return with_widths(benchmark.space, widths, width_per)
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a19
-_VALUES = {'channelling': ('fixed', 'random', 'shuffled', 'interpolated', 'disjoint'), 'kernel': ('own', 'crop', 'transform'),
-           'wsbn': (False, True), 'op_on': ('', 'edge', 'node'), 'affine': (True, False)} # the first changes nothing
-_RATES = 'drop_path', 'dropout'
-_WHY = {'channelling': 'where the cell sets the width of an op', 'kernel': 'where ops differ in the kernel size alone',
-        'wsbn': 'elsewhere a block has one input', 'drop_path': 'where outputs are added up',
-        'dropout': 'where the network has a dropout', 'op_on': 'elsewhere a block has one input',
-        'affine': 'where the record says so'}
+_REASONS = {'channelling': 'where the cell sets the width of an op', 'kernel': 'where ops differ in the kernel size alone',
+            'wsbn': 'elsewhere a block has one input', 'drop_path': 'where outputs are added up',
+            'op_on': 'elsewhere a block has one input'}
 
 def check_sharing(
-    name:str,     # of a benchmark
+    name:str,     # as in `get_benchmark`
     sharing:dict, # heuristic -> value
-) -> dict:        # those that change something
-    "Heuristics of a benchmark; `ValueError` for one that is unknown, has no such value, or is not for this space or beside another."
+) -> Sharing:     # without what the benchmark does anyway
+    "Check the heuristics of a benchmark; `ValueError` for one that is unknown, or that this space or another heuristic rules out."
     benchmark = get_benchmark(name)
+    usual = asdict(Sharing())
+    for k in sharing:
+        if k not in usual: raise ValueError(f'heuristic {k!r}, expected one of {", ".join(usual)}')
+    record = Sharing(**sharing)
     for k,v in sharing.items():
-        if k not in _WHY: raise ValueError(f'heuristic {k!r}, expected one of {", ".join(_WHY)}')
-        if k in _VALUES and v not in _VALUES[k]: raise ValueError(f'{k}={v!r}, expected one of {", ".join(map(repr, _VALUES[k]))}')
-        if k in _RATES and not (isinstance(v, int | float) and 0 <= v < 1):
-            raise ValueError(f'{k}={v!r}, expected a rate, 0 <= rate < 1')
-    found = {k: v for k,v in sharing.items() if v != _VALUES.get(k, (0,))[0]}
-    for k,v in found.items():
-        if k not in benchmark.sharing:
-            raise ValueError(f'{k}={v!r} for space {name!r}, expected only in {_with(lambda b: k in b.sharing)}: {_WHY[k]}')
-    if found.get('op_on') == benchmark.op_on: del found['op_on']
-    if 'wsbn' in found and found.get('op_on') == 'edge':
+        if v != usual[k] and k not in benchmark.sharing:
+            reason = _REASONS.get(k, 'where the record of the benchmark says so')
+            raise ValueError(f'{k}={v!r} for space {name!r}, expected only in {_with(lambda b: k in b.sharing)}: {reason}')
+    if record.op_on == benchmark.op_on: record = replace(record, op_on='')
+    if record.wsbn and record.op_on == 'edge':
         raise ValueError(f"wsbn and op_on='edge' for space {name!r}, expected one of them: an op on an edge has one input")
-    return found
+    return record
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a1a
 def get_net(
@@ -257,11 +252,11 @@ def get_net(
         if v < 0: raise ValueError(f'{k}={v}, expected at least 1, or 0 for the size of the benchmark')
     if len(widths) and not benchmark.has_widths:
         raise ValueError(f'widths for network {name!r}, expected none, or one of {_with(lambda b: b.has_widths)}')
-    sharing = check_sharing(name, sharing)
+    record = check_sharing(name, sharing)
     given = {k: v for k,v in sizes.items() if v}
     if 'n_classes' in takes: given['n_classes'] = n_classes
     if len(widths): given |= dict(widths=widths, width_per=width_per)
-    return share(benchmark.net(**given), benchmark.space, **sharing) # widths are not shared otherwise
+    return share(benchmark.net(**given), benchmark.space, record) # widths are not shared otherwise
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a23
 def read_source(

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['Op', 'Ops', 'Chain', 'WidthChain', 'chain', 'digits_net', 'macro_net', 'mobilenet_net', 'shufflenet_net',
-           'op_modules', 'share', 'block_sizes', 'check_path', 'op_owner', 'reads', 'subnet', 'count_params']
+           'op_modules', 'Sharing', 'share', 'block_sizes', 'check_path', 'op_owner', 'reads', 'subnet', 'count_params']
 
 # %% ../nbs/15_networks.ipynb #68079217
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 from torch import Tensor, fx, nn
+from .base.options import check_options
 from .nets.layers import Sliced, conv_bn, round_channels
 from .nets.ops import make_op, pool_and_classify
 from .nets.sharing import Channelled, Copy, drop_affine, drop_paths, own_norms, redraw, share_kernels, tie
@@ -163,38 +166,60 @@ def op_modules(
         if times > 1: raise ValueError(f'op module {n!r} is named twice')
     return ops
 
+# %% ../nbs/15_networks.ipynb #15e1a010
+@dataclass(frozen=True)
+class Sharing:
+    "How paths share weights; `ValueError` for a value that a heuristic does not have, `TypeError` for one of another type."
+    channelling:Literal['fixed', 'random', 'shuffled', 'interpolated', 'disjoint']='fixed' # channels of a narrow vertex (nb101)
+    kernel:Literal['own', 'crop', 'transform']='own' # of ops that differ in its size only; crop and transform read the largest
+    wsbn:bool=False    # a batch norm for each set of inputs of a node
+    drop_path:float=0. # rate at which outputs of ops are dropped, in the last layer at the end of training
+    dropout:float=0.   # rate before the classifier
+    op_on:Literal['', 'edge', 'node']='' # who owns the weights of a cell's op; '': as in the benchmark
+    affine:bool=True   # let batch norms scale and shift
+
+    def __post_init__(self):
+        check_options(self)
+        for name in ('drop_path', 'dropout'):
+            rate = getattr(self, name)
+            if not 0 <= rate < 1: raise ValueError(f'{name}={rate!r}, expected a rate, 0 <= rate < 1')
+
 # %% ../nbs/15_networks.ipynb #e2392b52
+def _share_channels(net, channelling):
+    if channelling == 'disjoint': net.split('width', net.of_width)
+    elif channelling != 'fixed':
+        for name,module in [*net.named_modules()]:
+            if isinstance(module, Sliced): net.set_submodule(name, Channelled(module, channelling))
+
+def _tie_nodes(net): # the blocks of a node read the weights of its first
+    for first,*others in net.nodes:
+        for (l,o),names in net.op_modules.items():
+            if l != first: continue
+            alike = [net.op_modules[other,o] for other in others]
+            for same in zip(names, *alike): tie([net.get_submodule(name) for name in same])
+
+def _drop_paths(net, space, rate):
+    layers = getattr(net, 'layers', None) or [f'blocks.{l}' for l in range(len(net.blocks))]
+    names = [name for (l,_),of_op in op_modules(net).items() if space.blocks[l].kind == 'op' for name in of_op]
+    of_layer = [[name for name in names if name.startswith(f'{layer}.')] for layer in layers]
+    drop_paths(net, of_layer, rate, getattr(net, 'is_chain', False))
+
+# %% ../nbs/15_networks.ipynb #15e1a014
 def share(
     net:nn.Module,   # `forward(x, path)`, changed in place
     space:Space,     # its paths
-    channelling:str='fixed', # channels that a narrow op takes
-    kernel:str='own', # of ops that differ in the kernel alone
-    wsbn:bool=False, # a batch norm for each set of inputs?
-    drop_path:float=0., # rate of the last layer
-    dropout:float=0., # rate before the classifier
-    op_on:str='',    # whose the weights of an op are
-    affine:bool=True, # do batch norms scale and shift?
+    sharing:Sharing, # what they share
 ) -> nn.Module:      # the same
-    "Let the paths of a network share weights as heuristics say."
-    if channelling == 'disjoint': net.split('width', net.of_width)
-    elif channelling != 'fixed':
-        for n,m in [*net.named_modules()]:
-            if isinstance(m, Sliced): net.set_submodule(n, Channelled(m, channelling))
-    if op_on == 'edge': net.split('edge', lambda op,*_: redraw(copy.deepcopy(op)))
-    if kernel != 'own': share_kernels(net, op_modules(net), space.blocks, kernel == 'transform')
-    if op_on == 'node':
-        for first,*others in net.nodes:
-            for (l,o),names in net.op_modules.items():
-                if l == first:
-                    for same in zip(names, *(net.op_modules[l2,o] for l2 in others)): tie([*map(net.get_submodule, same)])
-    if wsbn: net.split('input', lambda op,*_: own_norms(op))
-    if not affine: drop_affine(net)
-    if drop_path:
-        layers = getattr(net, 'layers', None) or [f'blocks.{l}' for l in range(len(net.blocks))]
-        names = [n for (l,_),ns in op_modules(net).items() if space.blocks[l].kind == 'op' for n in ns]
-        drop_paths(net, [[n for n in names if n.startswith(f'{layer}.')] for layer in layers], drop_path, getattr(net, 'is_chain', False))
-    for m in net.modules():
-        if isinstance(m, nn.Dropout): m.p = dropout
+    "Let the paths of a network share weights."
+    _share_channels(net, sharing.channelling)
+    if sharing.op_on == 'edge': net.split('edge', lambda op,*_: redraw(copy.deepcopy(op)))
+    if sharing.kernel != 'own': share_kernels(net, op_modules(net), space.blocks, sharing.kernel == 'transform')
+    if sharing.op_on == 'node': _tie_nodes(net)
+    if sharing.wsbn: net.split('input', lambda op,*_: own_norms(op))
+    if not sharing.affine: drop_affine(net)
+    if sharing.drop_path: _drop_paths(net, space, sharing.drop_path)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout): module.p = sharing.dropout
     return net
 
 # %% ../nbs/15_networks.ipynb #b7f7fa23

@@ -18,7 +18,7 @@ from .data import held # before fastai: it silences a warning of its import
 from fastcore.foundation import L
 from .base.distributed import World, agree, distributed, is_first
 from .checkpoint import CheckpointCallback, checkpoints, load_newest, plain_errors
-from .config import Config, codes_of, cost_of, make_learner, space_of
+from .config import Config, cost_of, make_codes, make_learner, space_of
 from .evaluate import score_paths
 from .record import add_result, check_free, environment, has_run, lock_run, read_config, read_run, write_run
 from .tables import write_parquet
@@ -82,7 +82,7 @@ def load_codes(
 ) -> tuple[Config, nn.Module]: # its configuration, the newest code module on the CPU
     "Return the codes of a run alone; raise `ValueError` as `load_run` does."
     config, tensors, _ = _newest(folder)
-    codes = codes_of(config)
+    codes = make_codes(config)
     own = {name.removeprefix('codes/'): t for name,t in tensors.items() if name.startswith('codes/')}
     check_tensors(own, codes.state_dict())
     codes.load_state_dict(own)

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path as FilePath
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 import torch
 from ..config import Config, check_config, net_args, space_of
+from ..base.options import kinds_of
 from ..benchmark import BENCHMARKS, get_benchmark, get_net, is_spelling
 from ..sampler import get_sampler
 
 # %% ../../nbs/studies/10_grid.ipynb #eba6f39d
 SCORING = dict( # settings of a row that are not its training's, as in `kshot_rank`
     n_calibration=4, n_paths=200, table=None, table_data=None, table_split=None, table_epochs=None)
-_KINDS = {f.name: get_args(f.type) or (f.type,) for f in fields(Config) if f.name not in ('K', 'seed')} | {
+_KINDS = {f.name: kinds_of(f.type) for f in fields(Config) if f.name not in ('K', 'seed')} | {
     k: (str, type(None)) if v is None else (type(v),) for k,v in SCORING.items()} | dict(table_epochs=(int, type(None)))
 
 class Row(NamedTuple):
