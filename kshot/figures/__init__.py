@@ -15,5 +15,6 @@ from .accuracy import plot_accuracy, plot_shares
 from .effects import plot_effects, plot_heuristic, plot_metrics
 
 # %% ../../nbs/figures/70_index.ipynb #f1a00005
-_all_ = ['draw_path', 'plot_accuracy', 'plot_code', 'plot_codes', 'plot_codes_by_op', 'plot_effects', 'plot_heuristic', 'plot_live',
-         'plot_metrics', 'plot_pareto', 'plot_protocol', 'plot_rank', 'plot_shares', 'plot_top_tau', 'plot_training']
+_all_ = ['draw_path', 'plot_accuracy', 'plot_code', 'plot_codes', 'plot_codes_by_op',
+         'plot_effects', 'plot_heuristic', 'plot_live', 'plot_metrics', 'plot_pareto',
+         'plot_protocol', 'plot_rank', 'plot_shares', 'plot_top_tau', 'plot_training']

@@ -17,31 +17,47 @@ from .look import template
 
 # %% ../../nbs/figures/60_page.ipynb #d237c686
 _css = """
-:root { color-scheme: light dark; --ink: #24262A; --dim: #63666B; --ground: #F6F5F2; --card: #FFFFFF; --line: #E4E4E0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #E4E4E2; --dim: #A3A6AB; --ground: #121316; --card: #1B1D21; --line: #3A3D43; } }
+:root { color-scheme: light dark;
+  --ink: #24262A; --dim: #63666B; --ground: #F6F5F2; --card: #FFFFFF; --line: #E4E4E0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #E4E4E2; --dim: #A3A6AB; --ground: #121316; --card: #1B1D21; --line: #3A3D43; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 960px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 8px 0 4px; } h2 { font-size: 19px; margin: 36px 0 8px; }
+h1 { font-size: 26px; line-height: 1.2; margin: 8px 0 4px; }
+h2 { font-size: 19px; margin: 36px 0 8px; }
 p { max-width: 72ch; margin: 8px 0; color: var(--dim); overflow-wrap: anywhere; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 12px 0; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 600; } tr:last-child td { border-bottom: 0; } .text { text-align: left; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  margin: 12px 0; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 12px; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 600; }
+tr:last-child td { border-bottom: 0; }
+.text { text-align: left; }
 @media (max-width: 620px) { th, td { padding: 6px 8px; } }
 """
 
 # %% ../../nbs/figures/60_page.ipynb #0a1838c1
 _js = """
-const dark = matchMedia('(prefers-color-scheme: dark)'), thin = matchMedia('(max-width: 620px)');
-const merge = (a, b) => { for (const k in b) { if (b[k] && typeof b[k] == 'object' && a[k]) merge(a[k], b[k]); else a[k] = b[k]; } };
+const dark = matchMedia('(prefers-color-scheme: dark)');
+const thin = matchMedia('(max-width: 620px)');
+function merge(a, b) {
+  for (const k in b) {
+    if (b[k] && typeof b[k] == 'object' && a[k]) merge(a[k], b[k]);
+    else a[k] = b[k];
+  }
+}
 function draw() {
   for (const div of document.querySelectorAll('.plot')) {
     const {data, layout} = JSON.parse(div.nextElementSibling.textContent);
     layout.template = templates[dark.matches ? 'dark' : 'light'];
     if (thin.matches && layout.meta) merge(layout, layout.meta.narrow || {});
     div.style.height = layout.height + 'px';
-    Plotly.react(div, data, layout, {responsive: true, displaylogo: false, displayModeBar: !thin.matches,
+    Plotly.react(div, data, layout, {
+      responsive: true, displaylogo: false, displayModeBar: !thin.matches,
       modeBarButtons: [['toImage', 'zoom2d', 'pan2d', 'resetScale2d']]});
   }
 }
@@ -50,41 +66,62 @@ draw();
 """
 
 # %% ../../nbs/figures/60_page.ipynb #20c30f40
-def _cell(v) -> str:
-    "One value of a table, as a reader wants it."
-    if isinstance(v, (bool, np.bool_)): return 'yes' if v else 'no'
-    if v is None or v is pd.NA or v != v: return '–'
-    if isinstance(v, (int, np.integer)): return f'{v:,}'
-    if isinstance(v, (float, np.floating)): return f'{v:.3f}' if abs(v) < 1000 else f'{v:,.0f}'
-    return html.escape(str(v))
+def _cell(value) -> str:
+    "Write one value of a table for a reader."
+    if isinstance(value, (bool, np.bool_)): return 'yes' if value else 'no'
+    if value is None or value is pd.NA or value != value: return '–'
+    if isinstance(value, (int, np.integer)): return f'{value:,}'
+    if isinstance(value, (float, np.floating)):
+        return f'{value:.3f}' if abs(value) < 1000 else f'{value:,.0f}'
+    return html.escape(str(value))
+
+def _row(tag:str, texts:Sequence[str], styles:Sequence[str]) -> str:
+    cells = [f'<{tag}{style}>{text}</{tag}>' for text,style in zip(texts, styles)]
+    return f'<tr>{"".join(cells)}</tr>'
 
 def table_html(
     frame:pd.DataFrame, # as it is to be read; a named index becomes the first column
 ) -> str:
-    "A table: numbers to the right with three decimals, text to the left and escaped."
-    f = frame.reset_index() if frame.index.name or not isinstance(frame.index, pd.RangeIndex) else frame
-    if f.empty: return '<p>no rows</p>'
-    kind = ['' if pd.api.types.is_numeric_dtype(t) else ' class="text"' for t in f.dtypes]
-    head = ''.join(f'<th{k}>{html.escape("" if c == "index" else str(c))}</th>' for c,k in zip(f.columns, kind))
-    body = ''.join('<tr>'+''.join(f'<td{k}>{_cell(v)}</td>' for v,k in zip(r, kind))+'</tr>' for r in f.itertuples(index=False, name=None))
-    return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    "Write a data frame as HTML, with its text escaped."
+    has_index = frame.index.name or not isinstance(frame.index, pd.RangeIndex)
+    if has_index: frame = frame.reset_index()
+    if frame.empty: return '<p>no rows</p>'
+    styles = ['' if pd.api.types.is_numeric_dtype(t) else ' class="text"' for t in frame.dtypes]
+    names = ['' if column == 'index' else html.escape(str(column)) for column in frame.columns]
+    rows = [_row('td', map(_cell, row), styles) for row in frame.itertuples(index=False,
+        name=None)]
+    head = f'<thead>{_row("th", names, styles)}</thead>'
+    return f'<div class="card"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 # %% ../../nbs/figures/60_page.ipynb #66a3ab4d
 def _json(x) -> str:
-    "JSON that can stand inside a script element: plotly escapes `<`."
+    "Write JSON that can stand inside a script element: plotly escapes `<`."
     return to_json_plotly(x.to_dict() if isinstance(x, go.Figure) else x)
 
 def item_html(
     item, # a figure, a data frame, or a paragraph as plain text
 ) -> str:
-    "One item of a report; `TypeError` for anything else."
+    "Write one item of a report; `TypeError` for anything else."
     if isinstance(item, go.Figure):
-        return f'<div class="card"><div class="plot"></div><script type="application/json">{_json(item)}</script></div>'
+        data = f'<script type="application/json">{_json(item)}</script>'
+        return f'<div class="card"><div class="plot"></div>{data}</div>'
     if isinstance(item, pd.DataFrame): return table_html(item)
     if isinstance(item, str): return f'<p>{html.escape(item)}</p>'
-    raise TypeError(f'{type(item).__name__} in a report, expected a figure, a data frame or a string')
+    raise TypeError(f'{type(item).__name__} in a report, expected a figure, data frame or string')
 
 # %% ../../nbs/figures/60_page.ipynb #de797e07
+_page = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{css}</style></head><body><main><h1>{title}</h1>
+{body}</main>
+<script>{plotly}</script>
+<script>const templates = {{{templates}}};{js}</script></body></html>"""
+
+def _section(head:str, *items) -> str:
+    body = '\n'.join(map(item_html, items))
+    return f'<section><h2>{html.escape(head)}</h2>\n{body}</section>'
+
 def write_report(
     fname,                    # html file; replaced only once the new one is complete
     title:str,                # of the page
@@ -92,14 +129,12 @@ def write_report(
 ) -> Path:                    # the file
     "Write one self-contained page; `ValueError` if its folder is missing."
     fname = Path(fname)
-    if not fname.parent.is_dir(): raise ValueError(f'folder {fname.parent} does not exist, expected one for {fname.name}')
-    body = '\n'.join(f'<section><h2>{html.escape(head)}</h2>\n'+'\n'.join(map(item_html, items))+'</section>' for head,*items in sections)
-    both = ', '.join(f'{n}: {_json(template(n == "dark"))}' for n in ('light', 'dark'))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{_css}</style></head><body><main><h1>{html.escape(title)}</h1>
-{body}</main>
-<script>{get_plotlyjs()}</script>
-<script>const templates = {{{both}}};{_js}</script></body></html>"""
+    if not fname.parent.is_dir():
+        raise ValueError(f'folder {fname.parent} does not exist, expected one for {fname.name}')
+    body = '\n'.join(_section(*section) for section in sections)
+    templates = ', '.join(f'{name}: {_json(template(name == "dark"))}' for name in ('light',
+        'dark'))
+    page = _page.format(title=html.escape(title), body=body, templates=templates, css=_css,
+        js=_js, plotly=get_plotlyjs())
     write_file(fname, page)
     return fname
