@@ -25,7 +25,7 @@ from .networks import Sharing
 from .sampler import UniformSampler, get_sampler
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode, width_discrimination
 from .space import Path, Space
-from .train import DropPathCallback, Learner, kshot_learner
+from .train import DropPathCallback, Learner, kshot_learner, sgd
 
 # %% ../nbs/80_config.ipynb #43e57111
 @dataclass(frozen=True)
@@ -213,9 +213,11 @@ def cost_of(
     return cost
 
 # %% ../nbs/80_config.ipynb #9c7abcec
-def _sampler(config, space, cost) -> UniformSampler:
+def _sampler(config, space, cost, score=None) -> UniformSampler:
     def is_cheap(path): return cost.macs(path) <= config.max_macs
-    return get_sampler(config.sampler, space, config.seed, accept=is_cheap if config.max_macs else None)
+    accept = is_cheap if config.max_macs else None
+    of_greedy = dict(score=score) if config.sampler == 'greedy' else {}
+    return get_sampler(config.sampler, space, config.seed, accept=accept, **of_greedy)
 
 def _regularization(config, space) -> Callable[..., Tensor]|None: # of codes
     if not config.widths or config.K == 1: return None
@@ -234,12 +236,14 @@ def make_learner(
     space, net, dls = parts(config, shard=shard)
     cost = cost_of(config, dls) # what cannot run fails before anything is written
     if config.max_macs: _sampler(replace(config, sampler='uniform'), space, cost)(0.)
-    learn = kshot_learner(net, space, dls, config.K, make_codes(config), _sampler(config, space, cost), wd=config.wd,
-                          even_step=config.even_step, apart=config.apart, track_bn=config.track_bn,
-                          bf16=config.bf16 and dls.device.type == 'cuda', mode=config.mode, lr_codes=config.lr_codes,
-                          warmup=config.warmup, regularise=_regularization(config, space))
+    def make_sampler(learn):
+        score = partial(quick_losses, learn, shard)
+        return _sampler(config, space, cost, score)
+    learn = kshot_learner(net, space, dls, config.K, make_codes(config), make_sampler,
+                          opt_func=partial(sgd, wd=config.wd), even_step=config.even_step, apart=config.apart,
+                          track_bn=config.track_bn, bf16=config.bf16 and dls.device.type == 'cuda', mode=config.mode,
+                          lr_codes=config.lr_codes, warmup=config.warmup, regularise=_regularization(config, space))
     if config.drop_path: learn.add_cb(DropPathCallback())
-    if config.sampler == 'greedy': learn.k_shot.sampler.score = partial(quick_losses, learn, shard)
     return learn
 
 # %% ../nbs/80_config.ipynb #1fbc9ba5

@@ -16,8 +16,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .benchmark import get_net
 from .networks import block_sizes, check_path, count_params, op_modules, subnet
-from .checkpoint import load_tensors, save_tensors
-from .train import check_tensors
+from .checkpoint import check_tensors, load_tensors, save_tensors
 from .base.files import to_json, write_file, write_json
 
 # %% ../nbs/68_export.ipynb #f8137522

@@ -24,8 +24,9 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .base.distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
-from .checkpoint import broken_images, checkpoints, is_at_chance, load_newest, plain_errors, save_newest, tidy
-from .train import SkipValidation, by_decay, check_tensors, device_of, sgd
+from .checkpoint import (broken_images, check_run, check_tensors, checkpoints, is_at_chance, load_newest,
+    load_optimizer_state, optimizer_state, part_of, plain_errors, save_newest, stop_training, tidy)
+from .train import SkipValidation, by_decay, device_of, sgd, torch_optimizer
 
 # %% ../nbs/66_retrain.ipynb #2cf4d8f6
 class Recipe(NamedTuple):
@@ -88,12 +89,12 @@ def rmsprop(
     eps:float=.001,            # under the root, as in TensorFlow
 ) -> OptimWrapper:             # as fastai's `opt_func` returns it
     "RMSProp with momentum .9 that begins with a mean square of 1."
-    groups = [dict(params=list(ps), weight_decay=w) for ps,w in zip(groups, (wd, 0.)) if ps]
-    opt = torch.optim.RMSprop(groups, lr=lr, alpha=.9, eps=eps**.5, momentum=.9)
-    for g in groups:
-        for p in g['params']:
-            opt.state[p] = dict(step=torch.zeros(()), square_avg=torch.ones_like(p), momentum_buffer=torch.zeros_like(p))
-    return OptimWrapper(opt=opt)
+    opt = torch_optimizer(groups, lr, torch.optim.RMSprop, wd, alpha=.9, eps=eps**.5, momentum=.9)
+    for params in opt.param_lists:
+        for p in params:
+            buffers = dict(square_avg=torch.ones_like(p), momentum_buffer=torch.zeros_like(p))
+            opt.opt.state[p] = dict(step=torch.zeros(()), **buffers)
+    return opt
 
 OPTIMIZERS = {'sgd': sgd, 'rmsprop': rmsprop}
 
@@ -181,11 +182,11 @@ def _look(self:RetrainCallback): # at the losses since the last time
 
 @patch
 def _refuse(self:RetrainCallback, loss:float, where:str):
-    if not math.isfinite(loss): raise ValueError(f'loss {loss} in epoch {self.epoch+1}, {where}, expected a finite one: {self._kept()}')
+    if not math.isfinite(loss): self._stop(f'loss {loss}, expected a finite number', where)
 
 @patch
-def _kept(self:RetrainCallback) -> str:
-    return f'the last good checkpoint is of epoch {self.epoch}' if self.folder and self.epoch else 'there is no checkpoint yet'
+def _stop(self:RetrainCallback, reason:str, where:str=''):
+    stop_training(reason, self.epoch, bool(self.folder and self.epoch), where)
 
 @patch
 def after_train(self:RetrainCallback):
@@ -199,7 +200,7 @@ def after_train(self:RetrainCallback):
         self._refuse(row[f'loss_{name}'], f'validation ({name})')
     best, acc = max((r['acc_valid'] for r in self.log), default=0.), row['acc_valid']
     if is_at_chance(acc, best, self.dls.c, len(self.dls.valid)*self.dls.valid.bs):
-        raise ValueError(f'accuracy {acc:.3f} in epoch {self.epoch+1}, expected more than chance, it was {best:.3f}: {self._kept()}')
+        self._stop(f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
     if broken := broken_images(self.dls): row |= dict(broken=sorted(broken))
     self.log.append(row)
 
@@ -224,22 +225,21 @@ def _parts(self:RetrainCallback) -> dict[str, Tensor]: # of weights and their av
 
 @patch
 def _save(self:RetrainCallback):
-    state = {f'opt/{i}/{k}': t for i,s in self.opt.opt.state_dict()['state'].items() for k,t in s.items()}
+    state = {f'opt/{k}': t for k,t in optimizer_state(self.opt.opt).items()}
     meta = dict(run=_identity(self.learn), epoch=self.epoch+1, log=self.log)
     tensors = self._parts() | state | {'rng/loader': self.dls.train.generator.get_state()}
     save_newest(self.folder, tensors, meta)
 
 @patch
 def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
-    for k,v in _identity(self.learn).items():
-        if (w := meta.get('run', {}).get(k)) != v: raise ValueError(f'checkpoint of {k} {w!r}, expected {v!r}')
-    opt, parts = self.opt.opt, self._parts()
-    params = [p for g in opt.param_groups for p in g['params']]
-    state = {f'opt/{i}/{k}': t for i,p in enumerate(params) for k,t in opt.state[p].items()}
+    check_run(meta, _identity(self.learn))
+    parts = self._parts()
+    state = {f'opt/{k}': t for k,t in optimizer_state(self.opt.opt).items()}
     rest = {'rng/loader': self.dls.train.generator.get_state()}
     check_tensors(tensors, parts | state | rest)
     with torch.no_grad():
-        for k,t in (parts | state).items(): t.copy_(tensors[k])
+        for k,t in parts.items(): t.copy_(tensors[k])
+    load_optimizer_state(self.opt.opt, part_of(tensors, 'opt'))
     self.dls.train.generator.set_state(tensors['rng/loader'])
     self.log, self.start = meta['log'], meta['epoch']
     if is_first(): tidy(self.folder, self.log)

@@ -17,12 +17,12 @@ from fastprogress.fastprogress import progress_bar
 from .data import held # before fastai: it silences a warning of its import
 from fastcore.foundation import L
 from .base.distributed import World, agree, distributed, is_first
-from .checkpoint import CheckpointCallback, checkpoints, load_newest, plain_errors
+from .checkpoint import CheckpointCallback, check_tensors, checkpoints, load_model, load_newest, plain_errors
 from .config import Config, cost_of, make_codes, make_learner, space_of
 from .evaluate import score_paths
 from .record import add_result, check_free, environment, has_run, lock_run, read_config, read_run, write_run
 from .tables import write_parquet
-from .train import Learner, check_tensors, cosine
+from .train import Learner, cosine
 
 # %% ../nbs/85_runs.ipynb #53796b24
 def train_run(
@@ -74,7 +74,7 @@ def load_run(
     "Return supernets and codes of a run; raise `ValueError` if the folder holds none that can be read."
     config, tensors, meta = _newest(folder)
     learn = make_learner(config, shard)
-    learn.k_shot.load_model(tensors, meta)
+    load_model(learn, tensors, meta)
     return config, learn
 
 def load_codes(
