@@ -8,6 +8,7 @@ __all__ = ['nb201_inputs', 'NB201Cell', 'Reduction', 'NB201Net', 'NB101Cell', 'N
 # %% ../../nbs/nets/30_cells.ipynb #0d041e13
 from collections.abc import Hashable, Iterator, Sequence
 from functools import reduce
+from itertools import product
 from operator import add
 import torch
 from fastcore.basics import patch
@@ -15,49 +16,59 @@ from torch import Tensor, nn
 from ..nb101 import NB101_EDGES, living_cell, nb101_widths
 from .layers import Sliced, conv_bn
 from .ops import FactorizedReduce, make_op, pool_and_classify, relu_conv_bn
-from .sharing import Copy, SplitNet, as_copy, redraw, variant
+from .sharing import Copy, SplitBy, SplitNet, as_copy, redraw, variant
 from ..space import Path
 from ..spaces import DARTS_OPS, NB201_EDGES, NB201_OPS, darts_space, nb101_space, nb201_space
 
 # %% ../../nbs/nets/30_cells.ipynb #b434177e
 def nb201_inputs(
     path:Path, # op index per edge
-) -> tuple[int, ...]: # for each of the four nodes a set of nodes, in bits
-    "Nodes that each node reads by another op than `none`."
-    into = [0]*4
-    for (i,j),o in zip(NB201_EDGES, path): into[j] |= (NB201_OPS[o] != 'none') << i
-    return tuple(into)
+) -> tuple[int, ...]: # for each of the four nodes a set of nodes, as bits
+    "Return the nodes that each node reads by an op other than `none`."
+    inputs = [0]*4
+    for (i,j),o in zip(NB201_EDGES, path):
+        if NB201_OPS[o] != 'none': inputs[j] |= 1<<i
+    return tuple(inputs)
 
 class NB201Cell(nn.Module):
-    "Four nodes, an op on each of six edges."
+    "Four nodes, with an op on each of six edges."
     def __init__(self,
-        channels:int,
+        channels:int, # of all nodes
     ):
         super().__init__()
-        self.edges = nn.ModuleList(nn.ModuleList(make_op(o, channels, channels, 1) for o in NB201_OPS) for _ in NB201_EDGES)
+        self.edges = nn.ModuleList()
+        for _ in NB201_EDGES:
+            ops = [make_op(op_name, channels, channels, 1) for op_name in NB201_OPS]
+            self.edges.append(nn.ModuleList(ops))
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
-        nodes, into = [x], nb201_inputs(path)
-        for j in (1,2,3):
-            mine = [(ops[o], i) for ops,(i,j_),o in zip(self.edges, NB201_EDGES, path) if j_ == j and NB201_OPS[o] != 'none']
-            live = [(variant(op, input=into[i]), i) for op,i in mine]
-            nodes.append(reduce(add, [op(nodes[i]) for op,i in live]) if live else torch.zeros_like(x))
+        nodes, inputs = [x], nb201_inputs(path)
+        for node in (1,2,3):
+            terms = []
+            for (i,j),ops,o in zip(NB201_EDGES, self.edges, path):
+                if j == node and NB201_OPS[o] != 'none':
+                    op = variant(ops[o], input=inputs[i])
+                    terms.append(op(nodes[i]))
+            nodes.append(reduce(add, terms) if terms else torch.zeros_like(x))
         return nodes[-1]
 
 class Reduction(nn.Module):
     "NAS-Bench-201's residual block: half the resolution, twice the channels."
     def __init__(self,
-        channels:int, # that come in
+        c_in:int, # channels that come in
     ):
         super().__init__()
-        self.convs = nn.Sequential(relu_conv_bn(channels, 2*channels, 3, 2), relu_conv_bn(2*channels, 2*channels, 3))
-        self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(channels, 2*channels, 1, bias=False))
+        c_out = 2*c_in
+        self.convs = nn.Sequential(relu_conv_bn(c_in, c_out, 3, 2), relu_conv_bn(c_out, c_out, 3))
+        self.skip = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(c_in, c_out, 1, bias=False))
+
     def forward(self, x:Tensor) -> Tensor: return self.skip(x) + self.convs(x)
 
 # %% ../../nbs/nets/30_cells.ipynb #27b74ee3
 class NB201Net(SplitNet):
-    "Network of NAS-Bench-201."
+    "The network of NAS-Bench-201."
     nodes = (0,), (1,2), (3,4,5) # blocks of the edges into each node
+
     def __init__(self,
         channels:int=16,  # of the first stage
         n_cells:int=5,    # per stage
@@ -65,118 +76,181 @@ class NB201Net(SplitNet):
     ):
         super().__init__()
         self.stem = conv_bn(3, channels, 3, act=None)
-        self.stages = nn.ModuleList(nn.ModuleList(NB201Cell(channels*2**s) for _ in range(n_cells)) for s in range(3))
-        self.reductions = nn.ModuleList(Reduction(channels*2**s) for s in range(2))
-        self.head = nn.Sequential(nn.BatchNorm2d(4*channels), nn.ReLU(), *pool_and_classify(4*channels, n_classes))
+        self.stages = nn.ModuleList()
+        for stage in range(3):
+            cells = [NB201Cell(channels*2**stage) for _ in range(n_cells)]
+            self.stages.append(nn.ModuleList(cells))
+        self.reductions = nn.ModuleList([Reduction(channels), Reduction(2*channels)])
+        last = 4*channels
+        self.head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), *pool_and_classify(last, n_classes))
         self.sizes = nb201_space().sizes
-        self.layers = [f'stages.{s}.{i}' for s in range(3) for i in range(n_cells)]
-        self.op_modules = {(l,o): [f'{c}.edges.{l}.{o}' for c in self.layers] for l in range(6) for o in range(5)}
+        self.layers = [f'stages.{stage}.{i}' for stage,i in product(range(3), range(n_cells))]
+        self.op_modules = {}
+        for l,o in product(range(6), range(5)):
+            self.op_modules[l,o] = [f'{cell}.edges.{l}.{o}' for cell in self.layers]
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
         x = self.stem(x)
-        for s,cells in enumerate(self.stages):
-            if s: x = self.reductions[s-1](x)
+        for stage,cells in enumerate(self.stages):
+            if stage > 0: x = self.reductions[stage-1](x)
             for cell in cells: x = cell(x, path)
         return self.head(x)
 
     def reads(self,
         path:Path, # op index per edge
     ) -> Iterator[tuple[int, int|Copy]]: # block, op
-        "One op an edge."
-        into = nb201_inputs(path)
-        for l,((i,_),o) in enumerate(zip(NB201_EDGES, path)): yield l, self.copy_for(l, o, input=into[i])
+        "Iterate over the ops of a path: one per edge."
+        inputs = nb201_inputs(path)
+        for l,((i,_),o) in enumerate(zip(NB201_EDGES, path)):
+            yield l, self.copy_for(l, o, input=inputs[i])
 
-    def uses(self, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input'
-        "Sets of nodes that the node before an edge may read."
-        return range(2**NB201_EDGES[l][0])
+    def uses(self, l:int, o:int|Copy, by:SplitBy) -> Sequence[Hashable]: # `by` 'input'
+        "Return the sets of nodes that the node before an edge may read."
+        i, _ = NB201_EDGES[l]
+        return range(2**i)
 
 # %% ../../nbs/nets/30_cells.ipynb #d873a60e
+def _set_number(vertices) -> int: # {0}, {1}, {0, 1}, {2}, ... are 0, 1, 2, 3, ...
+    return sum(1<<v for v in vertices) - 1
+
+def _run(op:nn.Module, x:Tensor, c_in:int, c_out:int) -> Tensor:
+    return op(x, c_in, c_out) if isinstance(op, Sliced) else op(x)
+
 class NB101Cell(nn.Module):
-    "Five vertices between input and output, three ops at each."
+    "Five vertices between input and output, with three ops at each."
     def __init__(self,
-        c_in:int, # channels that come in
-        c:int,    # channels that come out
+        c_in:int,  # channels that come in
+        c_out:int, # channels that come out
     ):
         super().__init__()
-        self.c_in, self.c = c_in, c
-        self.ops = nn.ModuleList(nn.ModuleList([Sliced(c, c, 3), Sliced(c, c, 1), nn.MaxPool2d(3, 1, 1)]) for _ in range(5))
-        self.projections = nn.ModuleList(Sliced(c_in, c, 1) for _ in range(6)) # of the edges from the input
+        self.c_in, self.c_out = c_in, c_out
+        self.ops = nn.ModuleList()
+        for _ in range(5):
+            ops = [Sliced(c_out, c_out, 3), Sliced(c_out, c_out, 1), nn.MaxPool2d(3, 1, 1)]
+            self.ops.append(nn.ModuleList(ops))
+        projections = [Sliced(c_in, c_out, 1) for _ in range(6)] # on edges from the input
+        self.projections = nn.ModuleList(projections)
 
-    def forward(self,
-        x:Tensor,  # `(B, c_in, H, W)`
-        path:Path, # 26 choices
-        ids:Sequence[int]=(0,)*5, # which of the widths of `NB101Net` each living vertex has
-        on_edge:bool=False, # has every edge into a vertex an op of its own?
-    ) -> Tensor:   # `(B, c, H, W)`
-        cell = living_cell(path)
-        m, V, out = cell.matrix, len(cell.vertices), {}
-        run = lambda op, x, c_in, c, **use: op(x, c_in, c) if isinstance(op := variant(op, **use), Sliced) else op(x)
-        project = lambda k, c, i=0: {0: run(self.projections[cell.vertices[k]-1], x, self.c_in, c, width=i)} if m[0][k] else {}
-        for k,(v,o,c,i) in enumerate(zip(cell.vertices[1:], cell.ops, nb101_widths(m, self.c), ids), 1):
-            terms = {cell.vertices[j]: out[j][:, :c] for j in range(1, k) if m[j][k]} | project(k, c, i)
-            if on_edge: ys = [run(self.ops[v-1][o], y, c, c, width=i, edge=u) for u,y in terms.items()]
-            else: ys = [run(self.ops[v-1][o], reduce(add, terms.values()), c, c, width=i, input=_number(terms))]
-            out[k] = reduce(add, ys)
-        ends = [out[k] for k in range(1, V-1) if m[k][-1]]
-        return reduce(add, ([torch.cat(ends, 1)] if ends else []) + [*project(V-1, self.c).values()])
+    def run_vertex(self,
+        v:int, # 1 to 5
+        o:int, # its op
+        terms:dict[int, Tensor], # vertex that it reads -> `(B, channels, H, W)`
+        channels:int, # of the vertex
+        width:int,    # number of its triple of widths
+        on_edge:bool, # has every edge into the vertex an op of its own?
+    ) -> Tensor:      # `(B, channels, H, W)`
+        "Return the output of a vertex."
+        def run(x:Tensor, **use:int) -> Tensor:
+            return _run(variant(self.ops[v-1][o], width=width, **use), x, channels, channels)
+        if on_edge: return reduce(add, [run(x, edge=u) for u,x in terms.items()])
+        return run(reduce(add, terms.values()), input=_set_number(terms))
 
-def _number(vertices) -> int: return sum(1 << v for v in vertices) - 1 # of a set that is not empty
+# %% ../../nbs/nets/30_cells.ipynb #d9bdf968
+@patch
+def forward(self:NB101Cell,
+    x:Tensor,  # `(B, c_in, H, W)`
+    path:Path, # 26 choices
+    ids:Sequence[int]=(0,)*5, # which of the `NB101Net.widths` each living vertex has
+    on_edge:bool=False, # as in `run_vertex`
+) -> Tensor:   # `(B, c_out, H, W)`
+    vertices, matrix, ops = living_cell(path) # `k` counts the living ones
+    outs, last = {}, len(vertices)-1
+    def project(k:int, channels:int, width:int=0) -> Tensor:
+        op = variant(self.projections[vertices[k]-1], width=width)
+        return _run(op, x, self.c_in, channels)
+    for k,(o,channels,width) in enumerate(zip(ops, nb101_widths(matrix, self.c_out), ids), 1):
+        terms = {vertices[j]: outs[j][:, :channels] for j in range(1, k) if matrix[j][k]}
+        if matrix[0][k]: terms[0] = project(k, channels, width)
+        outs[k] = self.run_vertex(vertices[k], o, terms, channels, width, on_edge)
+    ends = [outs[k] for k in range(1, last) if matrix[k][last]]
+    terms = [torch.cat(ends, 1)] if ends else []
+    if matrix[0][last]: terms.append(project(last, self.c_out))
+    return reduce(add, terms)
 
 # %% ../../nbs/nets/30_cells.ipynb #fd994dbe
+def _from_input(v:int) -> int: # block of the edge from the input to a vertex
+    return NB101_EDGES.index((0,v))
+
+def _width_triples(of_stack:Sequence[int]) -> list[tuple[int, ...]]: # of a vertex in the three stacks
+    shares = [(i, n) for n in range(1, 5) for i in range(n)]
+    out = []
+    for i,n in shares: # the i-th of n vertices that share the channels of a cell
+        out.append(tuple(channels//n + (i < channels%n) for channels in of_stack))
+    return [*dict.fromkeys(out)]
+
 class NB101Net(SplitNet):
-    "Network of NAS-Bench-101."
+    "The network of NAS-Bench-101."
     def __init__(self,
         channels:int=128, # of the stem and the first stack
         n_cells:int=3,    # per stack
         n_classes:int=10, # classes
     ):
-        if channels < 4: raise ValueError(f'channels={channels}, expected at least 4: up to four vertices share the channels of a cell')
+        if channels < 4:
+            raise ValueError(f'channels={channels}, expected at least 4: '
+                             'up to four vertices share the channels of a cell')
         super().__init__()
-        self.stem, self.channels = conv_bn(3, channels, 3), channels
-        of_stack = [channels*2**s for s in range(3)]
-        shapes = [[(of_stack[max(s-1, 0)] if i == 0 else of_stack[s], of_stack[s]) for i in range(n_cells)] for s in range(3)]
-        self.stacks = nn.ModuleList(nn.ModuleList(NB101Cell(*io) for io in stack) for stack in shapes)
-        self.pool, self.head = nn.MaxPool2d(2), pool_and_classify(4*channels, n_classes)
+        self.of_stack = [channels, 2*channels, 4*channels]
+        self.widths = _width_triples(self.of_stack)
+        self.stem, self.stacks = conv_bn(3, channels, 3), nn.ModuleList()
+        c_in = channels
+        for c_out in self.of_stack:
+            cells = [NB101Cell(c_out if i else c_in, c_out) for i in range(n_cells)]
+            self.stacks.append(nn.ModuleList(cells))
+            c_in = c_out
+        self.pool, self.head = nn.MaxPool2d(2), pool_and_classify(c_out, n_classes)
         self.sizes = nb101_space().sizes
-        self.layers = [f'stacks.{s}.{i}' for s in range(3) for i in range(n_cells)]
-        self.op_modules = {(20+v,o): [f'{c}.ops.{v-1}.{o}' for c in self.layers] for v in range(1, 6) for o in range(3)}
-        self.op_modules |= {(NB101_EDGES.index((0,v)),1): [f'{c}.projections.{v-1}' for c in self.layers] for v in range(1, 7)}
-        shares = [(n,i) for n in range(1, 5) for i in range(n)] # the i-th of n vertices that share a cell's channels
-        self.widths = [*dict.fromkeys(tuple(c//n + (i < c%n) for c in of_stack) for n,i in shares)] # in the three stacks
+        self.layers = [f'stacks.{s}.{i}' for s,i in product(range(3), range(n_cells))]
+        self.op_modules = {}
+        for v,o in product(range(1, 6), range(3)):
+            self.op_modules[20+v,o] = [f'{cell}.ops.{v-1}.{o}' for cell in self.layers]
+        for v in range(1, 7):
+            self.op_modules[_from_input(v),1] = [f'{cell}.projections.{v-1}' for cell in self.layers]
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d): m.momentum = .003
 
-    def forward(self, x:Tensor, path:Path) -> Tensor:
-        x, (_, ids) = self.stem(x), self._widths(path)
-        for s,cells in enumerate(self.stacks):
-            if s: x = self.pool(x)
-            for cell in cells: x = cell(x, path, ids, 'edge' in self.splits)
-        return self.head(x)
-
 # %% ../../nbs/nets/30_cells.ipynb #d4de9d4a
 @patch
-def _widths(self:NB101Net, path:Path) -> tuple[list, list]: # of each living vertex behind the input: width in each stack, which of `widths`
-    found = list(zip(*(nb101_widths(living_cell(path).matrix, self.channels*2**s) for s in range(3))))
-    return [*found, ()], [*map(self.widths.index, found), 0] if 'width' in self.splits else [0]*(1+len(found))
+def _widths(self:NB101Net, path:Path) -> tuple[list, list]: # of each living vertex behind the input
+    matrix = living_cell(path).matrix
+    of_stacks = [nb101_widths(matrix, channels) for channels in self.of_stack]
+    triples = [*zip(*of_stacks)]
+    ids = [self.widths.index(triple) if 'width' in self.splits else 0 for triple in triples]
+    return [*triples, ()], [*ids, 0] # the output has all channels
+
+@patch
+def forward(self:NB101Net, x:Tensor, path:Path) -> Tensor:
+    _, ids = self._widths(path)
+    x = self.stem(x)
+    for s,cells in enumerate(self.stacks):
+        if s > 0: x = self.pool(x)
+        for cell in cells: x = cell(x, path, ids, 'edge' in self.splits)
+    return self.head(x)
 
 @patch
 def reads(self:NB101Net,
     path:Path, # 26 choices
 ) -> Iterator[tuple[int|Copy, ...]]: # block, op, its width in each stack
-    "Ops of living vertices and projections of living edges from the input."
+    "Iterate over the ops of living vertices, and the projections of living edges from the input."
     cell = living_cell(path)
-    for k,(v,w,i) in enumerate(zip(cell.vertices[1:], *self._widths(path)), 1):
-        before = [u for u,row in zip(cell.vertices, cell.matrix) if row[k]]
-        uses = [dict(edge=u) for u in before] if 'edge' in self.splits else [dict(input=_number(before))]
+    for k,(v,triple,i) in enumerate(zip(cell.vertices[1:], *self._widths(path)), 1):
+        inputs = [u for u,row in zip(cell.vertices, cell.matrix) if row[k]]
+        if 'edge' in self.splits: uses = [dict(edge=u) for u in inputs]
+        else: uses = [dict(input=_set_number(inputs))]
         if v < 6:
-            for o in dict.fromkeys(self.copy_for(20+v, cell.ops[k-1], width=i, **use) for use in uses): yield (20+v, o, *w)
-        if 0 in before: yield ((l := NB101_EDGES.index((0,v))), self.copy_for(l, 1, width=i), *w)
+            copies = [self.copy_for(20+v, cell.ops[k-1], width=i, **use) for use in uses]
+            for copied in dict.fromkeys(copies): yield 20+v, copied, *triple
+        if 0 in inputs: yield _from_input(v), self.copy_for(_from_input(v), 1, width=i), *triple
 
+# %% ../../nbs/nets/30_cells.ipynb #8a34cb6e
 @patch
-def uses(self:NB101Net, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'width', 'edge' or 'input'
-    "Widths in the three stacks, vertices before a vertex, or sets of them."
-    if by == 'width': return self.widths if l != NB101_EDGES.index((0,6)) else self.widths[:1] # the output has all channels
-    return range({'edge': l-20, 'input': 2**(l-20) - 1}[by] if l > 20 else 1)
+def uses(self:NB101Net, l:int, o:int|Copy, by:SplitBy) -> Sequence[Hashable]:
+    "Return the widths in the three stacks, the vertices before a vertex, or the sets of them."
+    if by == 'width':
+        has_all = l == _from_input(6) # the output has all channels
+        return self.widths[:1] if has_all else self.widths
+    if l <= 20: return range(1) # a projection reads the input
+    v = l-20
+    return range(v) if by == 'edge' else range(2**v - 1)
 
 @patch
 def of_width(self:NB101Net,
@@ -184,41 +258,60 @@ def of_width(self:NB101Net,
     l:int,        # its block
     widths:tuple[int, int, int], # one of `widths`
 ) -> nn.Module:   # plain
-    "An op of its own for one width."
-    c = widths[self.widths[0].index(op[0].out_channels)]
-    return redraw(op.at(c if l > 20 else op[0].in_channels, c))
+    "Return an op of its own for one width."
+    conv = op[0]
+    channels = widths[self.widths[0].index(conv.out_channels)]
+    return redraw(op.at(channels if l > 20 else conv.in_channels, channels))
 
 # %% ../../nbs/nets/30_cells.ipynb #2452c9e7
+def _places(channels:int, stride:int) -> nn.ModuleList: # of the ops into four nodes
+    places = nn.ModuleList()
+    for _ in range(8):
+        ops = [make_op(op_name, channels, channels, stride) for op_name in DARTS_OPS]
+        places.append(nn.ModuleList(ops))
+    return places
+
 class DartsCell(nn.Module):
-    "Four nodes, two ops each."
+    "Four nodes, with two ops each."
     def __init__(self,
         c_in:tuple[int, int], # channels of the two inputs
-        c:int,                # channels of a node; four times as many come out
-        is_reduction:bool,    # half the resolution?
-        after_reduction:bool, # is the cell before it a reduction?
+        channels:int,         # of a node; four times as many come out
+        is_reduction:bool,    # does it halve the resolution?
+        after_reduction:bool, # does the cell before it?
     ):
         super().__init__()
-        first = FactorizedReduce(c_in[0], c) if after_reduction else relu_conv_bn(c_in[0], c, 1)
-        self.inputs = nn.ModuleList([first, relu_conv_bn(c_in[1], c, 1)])
-        places = lambda stride: nn.ModuleList(nn.ModuleList(make_op(o, c, c, stride) for o in DARTS_OPS) for _ in range(8))
-        self.ops, self.strided = places(1), places(2) if is_reduction else None
+        if after_reduction: first = FactorizedReduce(c_in[0], channels)
+        else: first = relu_conv_bn(c_in[0], channels, 1)
+        self.inputs = nn.ModuleList([first, relu_conv_bn(c_in[1], channels, 1)])
+        self.ops = _places(channels, 1)
+        self.strided = _places(channels, 2) if is_reduction else None
+
+    def run_place(self,
+        place:int, # 0 to 7
+        o:int,     # its op
+        i:int,     # which node it reads: 0 and 1 are the inputs of the cell
+        x:Tensor,  # `(B, channels, H, W)`, of that node
+    ) -> Tensor:
+        "Return the output of an op."
+        is_strided = self.strided is not None and i < 2
+        ops = self.strided if is_strided else self.ops
+        number = i if is_strided or self.strided is None else i-2 # among the nodes that these ops read
+        return variant(ops[place][o], input=number, edge=number)(x)
 
     def forward(self, before:list[Tensor], path:Path, outs:Path) -> Tensor:
-        nodes = [pre(x) for pre,x in zip(self.inputs, before)]
-        for v in range(4):
-            terms = []
-            for place in (2*v, 2*v+1):
-                o, i = path[2*place:2*place+2]
-                ops = self.strided if self.strided is not None and i < 2 else self.ops
-                j = i if self.strided is None or i < 2 else i-2 # of the inputs that these ops read
-                terms.append(variant(ops[place][o], input=j, edge=j)(nodes[i]))
-            nodes.append(terms[0] + terms[1])
-        return torch.cat([x if on else torch.zeros_like(x) for x,on in zip(nodes[2:], outs)], 1)
+        nodes = [layer(x) for layer,x in zip(self.inputs, before)]
+        for place in (0,2,4,6): # the first place of each node
+            (o1,i1), (o2,i2) = path[2*place:2*place+2], path[2*place+2:2*place+4]
+            left = self.run_place(place, o1, i1, nodes[i1])
+            nodes.append(left + self.run_place(place+1, o2, i2, nodes[i2]))
+        kept = [x if is_out else torch.zeros_like(x) for x,is_out in zip(nodes[2:], outs)]
+        return torch.cat(kept, 1)
 
 # %% ../../nbs/nets/30_cells.ipynb #e20e558a
 class DartsNet(SplitNet):
-    "Network of DARTS for CIFAR, without the auxiliary head."
+    "The network of DARTS for CIFAR, without the auxiliary head."
     nodes = tuple((l, l+2) for l in range(0, 32, 4)) # blocks of the two ops into each node
+
     def __init__(self,
         channels:int=36,  # of a node in the first cells
         n_cells:int=20,   # in all
@@ -226,23 +319,29 @@ class DartsNet(SplitNet):
         has_concat:bool=False, # do paths say what is concatenated (space `nds`)?
     ):
         super().__init__()
-        self.stem, self.cells, before, was = conv_bn(3, 3*channels, 3, act=None), nn.ModuleList(), (3*channels, 3*channels), False
+        self.stem, self.cells = conv_bn(3, 3*channels, 3, act=None), nn.ModuleList()
         self.reductions = {n_cells//3, 2*n_cells//3}
+        c_in = (3*channels, 3*channels)
         for i in range(n_cells):
-            if i in self.reductions: channels *= 2
-            self.cells.append(DartsCell(before, channels, i in self.reductions, was))
-            before, was = (before[1], 4*channels), i in self.reductions
-        self.head, self.op_modules, self.layers = pool_and_classify(before[1], n_classes), {}, [f'cells.{i}' for i in range(n_cells)]
+            is_reduction = i in self.reductions
+            if is_reduction: channels *= 2
+            self.cells.append(DartsCell(c_in, channels, is_reduction, i-1 in self.reductions))
+            c_in = (c_in[1], 4*channels)
+        self.head = pool_and_classify(c_in[1], n_classes)
         self.sizes = darts_space(has_concat).sizes
-        for kind in (0,1):
-            cells = [c for i,c in enumerate(self.layers) if (i in self.reductions) == bool(kind)]
-            for place in range(8):
-                for o in range(8):
-                    self.op_modules[16*kind+2*place, o] = [f'{c}.ops.{place}.{o}' for c in cells]
-                    if kind: self.op_modules[16+2*place, Copy(o, stride=2)] = [f'{c}.strided.{place}.{o}' for c in cells]
+        self.layers = [f'cells.{i}' for i in range(n_cells)]
+        normal = [cell for i,cell in enumerate(self.layers) if i not in self.reductions]
+        reducing = [cell for i,cell in enumerate(self.layers) if i in self.reductions]
+        self.op_modules = {}
+        for place,o in product(range(8), range(8)):
+            self.op_modules[2*place,o] = [f'{cell}.ops.{place}.{o}' for cell in normal]
+        for place,o in product(range(8), range(8)):
+            self.op_modules[16+2*place,o] = [f'{cell}.ops.{place}.{o}' for cell in reducing]
+            strided = [f'{cell}.strided.{place}.{o}' for cell in reducing]
+            self.op_modules[16+2*place,Copy(o, stride=2)] = strided
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
-        outs = path[32:] or (1,)*8
+        outs = path[32:] or (1,)*8 # which nodes of both kinds of cells are concatenated
         before = [self.stem(x)]*2
         for i,cell in enumerate(self.cells):
             k = int(i in self.reductions)
@@ -254,15 +353,17 @@ class DartsNet(SplitNet):
 def reads(self:DartsNet,
     path:Path, # 32 or 40 choices
 ) -> Iterator[tuple[int, int|Copy]]: # block, op
-    "One op at each place of each cell."
+    "Iterate over the ops of a path: one at each place of each kind of cell."
     for l in range(0, 32, 2):
-        (o, i), is_normal = path[l:l+2], l < 16
-        j = i if is_normal or i < 2 else i-2
-        yield l, self.copy_for(l, o if is_normal or i >= 2 else Copy(o, stride=2), input=j, edge=j)
+        o, i = path[l:l+2]
+        is_normal, is_input = l < 16, i < 2
+        number = i if is_normal or is_input else i-2 # as in `DartsCell.run_place`
+        if is_input and not is_normal: o = Copy(o, stride=2)
+        yield l, self.copy_for(l, o, input=number, edge=number)
 
 @patch
-def uses(self:DartsNet, l:int, o:int|Copy, by:str) -> Sequence[Hashable]: # `by` 'input' or 'edge'
-    "Nodes that a place may read, at this stride."
-    n_before = l%16//4
-    if l < 16: return range(n_before+2)
-    return range(n_before if as_copy(o).stride == 1 else 2)
+def uses(self:DartsNet, l:int, o:int|Copy, by:SplitBy) -> Sequence[Hashable]: # `by` 'input' or 'edge'
+    "Return the nodes that a place may read, at this stride."
+    n_nodes = l%16//4 # before its own
+    if l < 16: return range(n_nodes+2)
+    return range(n_nodes if as_copy(o).stride == 1 else 2)
