@@ -254,8 +254,8 @@ def quick_losses(
 ) -> list[float]:     # N losses
     "Score paths by their validation loss at their present codes."
     valid = learn.dls.valid
-    if not hasattr(learn, 'few'): learn.few = valid.fixed(min(4, len(valid)), share=shard) # read once
+    if not hasattr(learn, 'few'): learn.few = valid.fixed(min(4, len(valid)), shard=shard) # read once
     codes = learn.k_shot.codes_now(paths)
     with evaluating(learn.model):
-        scores = [score_path(learn.model, path, code, learn.few, None, is_shared=True) for path,code in zip(paths, codes)]
+        scores = [score_path(learn.model, path, code, learn.few, None, is_sharded=True) for path,code in zip(paths, codes)]
     return [loss for _,loss in scores]

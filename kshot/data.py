@@ -92,12 +92,12 @@ def to(self:TensorLoader,
 def fixed(self:TensorLoader,
     n:int,      # batches
     seed:int=0, # of order and augmentation
-    share:World=World(), # rank and number of ranks: of the n batches, which are whole, this rank has every so many
+    shard:World=World(), # rank and number of ranks: of the n batches, which are whole, this rank has every so many
 ) -> list[tuple[Tensor, Tensor]]: # of `(x, y)`
     "The same batches every time, without moving the loader's own generator."
     dl = copy.copy(self)
     dl.generator, dl.passes, dl.shard = torch.Generator(self.x.device).manual_seed(seed), -(-n//(len(self.x)//self.bs)), (0, 1)
-    return list(islice(dl, share[0], n, share[1]))
+    return list(islice(dl, shard[0], n, shard[1]))
 
 # %% ../nbs/45_data.ipynb #53b01253
 def move(

@@ -24,7 +24,7 @@ from .supernet import Supernet, fresh_stats
 def accuracy_loss(
     forward:Callable[[Tensor], Tensor],       # `(B, ...)` -> `(B, n_classes)` logits
     batches:Iterable[tuple[Tensor, Tensor]],  # of `(x, y)`
-    is_shared:bool=False, # does every rank hold a part of the batches?
+    is_sharded:bool=False, # does every rank hold a part of the batches?
 ) -> tuple[float, float]:                     # accuracy 0-1, mean cross-entropy
     "Accuracy and loss over all batches; the device is asked once, at the end."
     sums, n = [], 0
@@ -34,7 +34,7 @@ def accuracy_loss(
         n += len(y)
     right, loss = torch.stack(sums).sum(0).tolist() if sums else (0., 0.)
     found = right/max(n, 1), loss/max(n, 1)
-    return tuple(mean(found, n)) if is_shared else found
+    return tuple(mean(found, n)) if is_sharded else found
 
 # %% ../nbs/58_evaluate.ipynb #aaea37c7
 @torch.no_grad()
@@ -43,7 +43,7 @@ def recalibrate_bn(
     path:Path,         # op index per block
     weights:dict[str, Tensor], # what `supernet.weights` returned for the path
     batches:list[tuple[Tensor, Tensor]], # fixed, all of the same size
-    is_shared:bool=False, # does every rank hold some of the batches? then statistics are averaged over all
+    is_sharded:bool=False, # does every rank hold some of the batches? then statistics are averaged over all
 ) -> dict[str, Tensor]: # running mean, variance and count by name
     "Batch-norm statistics of one path: reset, then averaged over `batches`."
     stats = fresh_stats(supernet, path)
@@ -52,8 +52,8 @@ def recalibrate_bn(
     lent = stats | ({n: c.clone() for n,c in counts.items()} if supernet.track_bn else {}) # else it would count with its own
     with evaluating(supernet): # everything but batch norm is as in evaluation
         _average(norms, [x for x,_ in batches], lambda x: supernet.run_with(x, path, weights, lent))
-    if is_shared: average_(list(stats.values()), len(batches))
-    n_all = round(mean([len(batches)])[0]*world().size) if is_shared else len(batches)
+    if is_sharded: average_(list(stats.values()), len(batches))
+    n_all = round(mean([len(batches)])[0]*world().size) if is_sharded else len(batches)
     return stats | {n: c + n_all for n,c in counts.items()}
 
 # %% ../nbs/58_evaluate.ipynb #dd9cc4f4
@@ -88,12 +88,12 @@ def score_path(
     code:Tensor,       # `(K,)` or `(L, K)`
     batches:Iterable[tuple[Tensor, Tensor]], # what is scored on
     calibration:list[tuple[Tensor, Tensor]]|None, # batches for batch norm; None: tracked statistics, or else the scored batch's own
-    is_shared:bool=False, # does every rank hold a part of the batches and some of the calibration batches?
+    is_sharded:bool=False, # does every rank hold a part of the batches and some of the calibration batches?
 ) -> tuple[float, float]: # accuracy 0-1, mean cross-entropy
     "Accuracy and loss of one path in a supernet."
     weights, = supernet.weights([path], code[None])
-    stats = None if calibration is None else recalibrate_bn(supernet, path, weights, calibration, is_shared)
-    with evaluating(supernet): return accuracy_loss(lambda x: supernet.run_with(x, path, weights, stats), batches, is_shared)
+    stats = None if calibration is None else recalibrate_bn(supernet, path, weights, calibration, is_sharded)
+    with evaluating(supernet): return accuracy_loss(lambda x: supernet.run_with(x, path, weights, stats), batches, is_sharded)
 
 @torch.no_grad()
 def calibrated_subnet(
@@ -150,14 +150,14 @@ def score_paths(
     batches:list[tuple[Tensor, Tensor]],  # what is scored on
     calibration:list[tuple[Tensor, Tensor]]|None, # as in `score_path`
     bf16:bool=False,    # compute in bfloat16, where it is safe? (supernets that were trained so always do)
-    is_shared:bool=False, # as in `score_path`
+    is_sharded:bool=False, # as in `score_path`
 ) -> pd.DataFrame:      # columns path, acc_super, loss_super, in the order of `paths`
     "Accuracy and loss of many paths."
     if not paths: return pd.DataFrame(dict(path=[], acc_super=[], loss_super=[]))
     with torch.no_grad(): all_codes = codes(paths)
     with evaluating(supernet), torch.autocast(all_codes.device.type, torch.bfloat16, bf16 or supernet.bf16):
-        is_tree = supernet.K == 1 and getattr(supernet.net, 'is_tree', False) and isinstance(batches, list) and not is_shared
+        is_tree = supernet.K == 1 and getattr(supernet.net, 'is_tree', False) and isinstance(batches, list) and not is_sharded
         if is_tree: scores = score_chain(supernet, paths, batches, calibration)
-        else: scores = {p: score_path(supernet, p, code, batches, calibration, is_shared) for p,code in zip(paths, all_codes)}
+        else: scores = {p: score_path(supernet, p, code, batches, calibration, is_sharded) for p,code in zip(paths, all_codes)}
     acc, loss = zip(*(scores[p] for p in paths))
     return pd.DataFrame(dict(path=[space.format(p) for p in paths], acc_super=acc, loss_super=loss))

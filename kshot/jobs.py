@@ -229,7 +229,7 @@ def retrain_run(
     return result
 
 def _accuracies(module:nn.Module, dls) -> list[float]: # on the validation and the test split
-    return [accuracy_loss(module, loader, is_shared=True)[0] for loader in list(dls)[1:]]
+    return [accuracy_loss(module, loader, is_sharded=True)[0] for loader in list(dls)[1:]]
 
 # %% ../nbs/88_jobs.ipynb #7c064e0e
 def export_run(

@@ -196,7 +196,7 @@ def after_train(self:RetrainCallback):
     for name,module in dict(valid=self.learn.model, ema=average and average.module).items():
         if module is None: continue
         average_stats(module)
-        row[f'acc_{name}'], row[f'loss_{name}'] = accuracy_loss(module.eval(), self.dls.valid, is_shared=True)
+        row[f'acc_{name}'], row[f'loss_{name}'] = accuracy_loss(module.eval(), self.dls.valid, is_sharded=True)
         self._refuse(row[f'loss_{name}'], f'validation ({name})')
     best, acc = max((r['acc_valid'] for r in self.log), default=0.), row['acc_valid']
     if is_at_chance(acc, best, self.dls.c, len(self.dls.valid)*self.dls.valid.bs):

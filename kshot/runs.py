@@ -173,7 +173,7 @@ class _Scoring:
         learn, n = self.learn, self.settings['n_calibration']
         cost = cost_of(self.config, learn.dls)
         valid = held(learn.dls.valid)
-        batches = learn.dls.train.fixed(n, share=self.shard) if n else None
+        batches = learn.dls.train.fixed(n, shard=self.shard) if n else None
         show = partial(progress_bar, leave=False) if progress else iter
         for i in show(range(0, len(left), 500)):
             chunk = left[i:i+500]

@@ -21,7 +21,8 @@ from fastprogress.fastprogress import progress_bar
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
-from .base.storage import FileLock, lock_folder, open_study, quiet_optuna, storage_errors
+from .base.files import FileLock
+from .base.storage import lock_folder, open_study, quiet_optuna, storage_errors
 from .space import Path, Space
 
 # %% ../nbs/64_search.ipynb #129824a4

@@ -28,7 +28,7 @@ from fastprogress.fastprogress import progress_bar
 from .cost import Cost
 from .data import get_data
 from .evaluate import accuracy_loss
-from .base.files import Unwritable, data_home, kshot_home, locked, n_cores, read_log, replacing, to_json, write_file
+from .base.files import append_log, data_home, kshot_home, locked, n_cores, read_log, replacing, to_json, write_file
 from .datasets.importers import COLUMNS, as_rows
 from .nb101 import nb101_hash
 from .benchmark import BENCHMARKS, find_source, get_benchmark, get_net, get_space, is_spelling, read_source
@@ -251,11 +251,8 @@ def _train_paths(jobs:list[tuple], log:FilePath, n_workers:int): # arguments of 
     if not jobs: return
     pool = ProcessPoolExecutor(n_workers, mp_context=get_context('spawn'), initializer=end_with_parent)
     try:
-        with log.open('a') as f:
-            futures = [pool.submit(train_path, *j) for j in jobs]
-            for future in progress_bar(as_completed(futures), total=len(futures)):
-                f.write(''.join(to_json(r)+'\n' for r in future.result())); f.flush()
-    except OSError as e: raise Unwritable(f'{str(log)!r} cannot be written: {e.strerror or e}') from e
+        futures = [pool.submit(train_path, *j) for j in jobs]
+        for future in progress_bar(as_completed(futures), total=len(futures)): append_log(log, future.result())
     finally: pool.shutdown(cancel_futures=True) # who stops here does not wait for what has not begun
 
 def end_with_parent():

@@ -20,7 +20,7 @@ vary.sampler = ["fair"]
 """
 
 def start(runs, *args):
-    return Fork(command('study', 'study'), *args, '--name', 's', '--runs', runs, '--json')
+    return Fork(command('study', 'studies.study'), *args, '--name', 's', '--runs', runs, '--json')
 
 def finish(process):
     out, err = process.communicate(timeout=300)

@@ -18,7 +18,7 @@ from ..benchmark import get_benchmark
 from .command import command, either
 from ..config import Config
 from ..base.distributed import is_first, world
-from ..base.files import Unwritable
+from ..base.files import StopSignal, Unwritable
 from .report import make_report
 from .tables import tables, text_of
 from ..jobs import Budget, by_scorer, export_run, rank_run, rank_seeds, retrain_run, search_run
@@ -95,7 +95,7 @@ def train(
     if resume: check_same(folder, read_run(folder)['config'], config)
     set_threads(read_run(folder)['config'] if resume else config)
     try: train_run(Config(**config), folder, resume)
-    except (KeyboardInterrupt, ConnectionError):
+    except (KeyboardInterrupt, StopSignal, ConnectionError):
         if (folder/'run.json').exists(): print(f'\nto go on: {_how_to_resume(name, runs)}', file=sys.stderr)
         raise
     _report(folder)

@@ -25,14 +25,14 @@ from ..base.distributed import world
 from ..figures import plot_effects, plot_heuristic, plot_metrics
 from ..figures.effects import effects_table
 from .effects import effects, flips
-from ..base.files import n_cores, write_json
+from ..base.files import locked, n_cores, write_json
 from .grid import Row, read_study, split_settings
 from ..cli.launch import run_folder, set_threads
 from ..figures.page import write_report
 from ..rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
 from ..record import add_result, check_links, environment, read_run, write_run
 from ..runs import ensure_trained, score_run
-from ..search import FileLock, Search, make_search
+from ..search import Search, make_search
 from ..space import Block, Space
 from ..tables import end_with_parent, get_table, get_truth, has_table, reference, write_parquet
 
@@ -85,9 +85,8 @@ def run_row(
     folder:FilePath, # of the study
 ) -> dict:           # what was measured, or 'error'
     "Train, score and measure one row, or what is left of it; `ValueError` as in `measure`, or for a folder of another configuration."
-    where, locks = folder/row.name, folder/'locks'
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks/row.name):
+    where = folder/row.name
+    with locked(folder/'locks'/row.name, wait=True):
         started, config = time.monotonic(), asdict(split_settings(row)[0])
         if not (where/'run.json').exists(): write_run(where, dict(config=config, **environment(), results={}, seconds={}))
         if (had := read_run(where)['config']) != config: raise ValueError(f'{row.name} holds a run with {had}, expected {config}')
@@ -136,9 +135,8 @@ def begin_study(
 
 def _has_study(folder:FilePath) -> bool: return (folder/'study.json').exists()
 
-def _lock(folder:FilePath) -> FileLock: # of what all workers of a study write
-    (folder/'locks').mkdir(parents=True, exist_ok=True)
-    return FileLock(folder/'locks'/'study')
+def _lock(folder:FilePath): # of what all workers of a study write
+    return locked(folder/'locks'/'study', wait=True)
 
 # %% ../../nbs/studies/30_study.ipynb #5d831cc7
 def collect(
