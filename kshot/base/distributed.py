@@ -56,7 +56,7 @@ def distributed(
         with _short_errors(): yield world()
         return
     size = int(os.environ.get('WORLD_SIZE', 1))
-    _check_number(size)
+    _check_number(size, asked_for())
     if size == 1:
         yield World()
         return
@@ -64,9 +64,8 @@ def distributed(
     with _short_errors(), _heeding_stops(): yield world()
     dist.destroy_process_group() # not after an error: it would wait for processes that are gone
 
-def _check_number(size:int):
+def _check_number(size:int, n_asked:int|None):
     "Raise `ValueError` if the launcher started fewer processes than it was asked for."
-    n_asked = asked_for()
     n_here = int(os.environ.get('LOCAL_WORLD_SIZE') or size)
     if n_asked in (None, n_here): return
     raise ValueError(f'{n_here} process{"es"*(n_here > 1)} started, expected {n_asked} as asked of the launcher: '
