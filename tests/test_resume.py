@@ -1,0 +1,65 @@
+"Training resumes to the bit with any of torch's optimizers, for the banks and for the code module"
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException
+
+from kshot.benchmark import get_space
+from kshot.checkpoint import CheckpointCallback, load_newest
+from kshot.data import digits_data
+from kshot.networks import digits_net
+from kshot.simplex import FreeCode, VertexCode
+from kshot.train import cosine, kshot_learner, sgd, torch_optimizer
+
+BANKS = dict(sgd=sgd, adamw=torch_optimizer, rmsprop=partial(torch_optimizer, make=torch.optim.RMSprop, momentum=.9))
+CODES = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=torch.optim.AdamW, rmsprop=torch.optim.RMSprop)
+EPOCHS = 2
+
+class StopAfter(Callback):
+    "End a fit early, as if it had been killed after a checkpoint."
+    order = CheckpointCallback.order + 1
+    def __init__(self, n): self.n = n
+    def after_epoch(self):
+        if self.epoch+1 == self.n: raise CancelFitException
+
+def fit(folder, seed=0, resume=False, n=EPOCHS, codes=None, **kwargs):
+    "Train a small run, or a part of it."
+    torch.manual_seed(seed)
+    space = get_space('digits')
+    made = codes(space) if codes else None
+    learn = kshot_learner(digits_net(channels=4), space, digits_data(bs=200, seed=seed), 2, made, warmup=0.,
+                          n_paths=3, **kwargs)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(EPOCHS, cbs=[cosine(.01), CheckpointCallback(folder, resume), StopAfter(n)])
+
+def check_resume(tmp_path, **kwargs):
+    "Compare two epochs at once with one, a checkpoint, and one more in a learner of other weights."
+    fit(tmp_path/'whole', **kwargs)
+    fit(tmp_path/'halves', n=1, **kwargs)
+    fit(tmp_path/'halves', seed=7, resume=True, **kwargs)
+    (a, meta_a), (b, meta_b) = (load_newest(tmp_path/name) for name in ('whole', 'halves'))
+    assert meta_a | dict(seconds=0) == meta_b | dict(seconds=0)
+    assert set(a) == set(b)
+    for name in a: assert a[name].equal(b[name]), name
+    return a
+
+@pytest.mark.parametrize('codes', CODES)
+@pytest.mark.parametrize('banks', BANKS)
+def test_two_epochs_are_one_and_one(tmp_path, banks, codes):
+    tensors = check_resume(tmp_path, opt_func=BANKS[banks], codes_opt=CODES[codes])
+    parts = {name.split('/')[0] for name in tensors}
+    assert {'weights', 'codes', 'opt', 'codes_opt', 'rng'} <= parts
+    kept = dict(sgd='momentum_buffer', adamw='exp_avg_sq', rmsprop='square_avg')
+    assert any(name.startswith('opt/') and name.endswith(kept[banks]) for name in tensors)
+    assert any(name.startswith('codes_opt/') and name.endswith(kept[codes]) for name in tensors)
+
+@pytest.mark.parametrize('banks', BANKS)
+def test_simplex_steps_of_their_own(tmp_path, banks):
+    check_resume(tmp_path, mode='alternate', opt_func=BANKS[banks])
+
+@pytest.mark.parametrize('banks', BANKS)
+@pytest.mark.parametrize('codes', [lambda space: VertexCode(2, 0), lambda space: FreeCode(space, 2)],
+                         ids=['few-shot', 'free'])
+def test_other_codes(tmp_path, banks, codes):
+    check_resume(tmp_path, codes=codes, opt_func=BANKS[banks])
