@@ -391,7 +391,7 @@ def make_search(
     space:Space, # where to search
     **kwargs,    # of `Search`
 ) -> Search:     # ready to `run`
-    "Return a search that has paths to score; `ValueError` as in `Search.candidates`, without a trace."
+    "Return a search that has paths to score; `ValueError` before a file is made."
     in_memory = kwargs | dict(storage=None)
     Search(space, **in_memory).candidates(np.random.default_rng(0))
     return Search(space, **kwargs)

@@ -14,9 +14,11 @@ import torch
 from ..benchmark import get_space
 from .timing import interleaved
 from ..config import Config, make_learner
-from ..lab.compare import AccuracyExplorer, RankDashboard
+from ..lab.accuracy import AccuracyExplorer
+from ..lab.dashboard import RankDashboard
 from ..lab.explore import CodeExplorer
-from ..lab.live import LiveCallback, LiveSearch
+from ..lab.live import LiveCallback
+from ..lab.live_search import LiveSearch
 from ..search import Search
 from ..simplex import SimplexNet
 from ..space import Space

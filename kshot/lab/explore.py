@@ -62,7 +62,7 @@ class CodeExplorer(Panel):
         space:Space,    # whose paths to explore
         codes:Callable, # paths -> `(N, K)` codes
         scores=None,    # frame with path and acc_super; acc_alone where known
-        cost:Callable|None=None,  # paths -> `(N, 2)` MACs and parameters, such as a `kshot.cost.Cost`
+        cost:Callable|None=None,  # paths -> `(N, 2)` MACs and parameters, as a `kshot.cost.Cost`
         score:Callable|None=None, # path -> supernet accuracy, for paths that are not in `scores`
     ):
         self.space = space

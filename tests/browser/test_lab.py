@@ -231,7 +231,7 @@ def test_quickstart(lab, notebook):
 
 SEARCH = '''
 import threading
-from kshot.lab.live import LiveSearch
+from kshot.lab.live_search import LiveSearch
 from kshot.search import Search
 from kshot.space import Block, Space
 space, tick = Space('toy', tuple(Block(f'b{l}', tuple('0123')) for l in range(4))), threading.Event()
