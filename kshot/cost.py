@@ -11,18 +11,30 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
-from .networks import Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads, subnet
+from .networks import (Ops, block_sizes, check_path, count_params, op_modules, op_owner, reads,
+                            subnet)
 from .nets.layers import Crop
 from .space import Path
 
 # %% ../nbs/18_cost.ipynb #4ef5a999
-def _free(net): # as far as MACs go; here these would take most of the time
+def _return_input(x:Tensor) -> Tensor: return x
+
+def _skip_free(net:nn.Module) -> nn.Module: # the same; these layers take time and add no MACs
     for m in net.modules():
-        if isinstance(m, (_BatchNorm, nn.ReLU, nn.Hardswish, nn.Hardsigmoid)): m.forward = lambda x: x
+        is_free = isinstance(m, _BatchNorm | nn.ReLU | nn.Hardswish | nn.Hardsigmoid)
+        if is_free: m.forward = _return_input
     return net
+
+def _count_macs(module:nn.Module, x:Tensor) -> dict: # name of a submodule, '' for all -> MACs
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): module(x)
+    root, out = type(module).__name__, {}
+    for name,flops in counter.get_flop_counts().items():
+        name = '' if name == root else name.removeprefix(f'{root}.')
+        out[name] = sum(flops.values())//2
+    return out
 
 class Cost:
     "Exact MACs and parameters of paths."
@@ -34,44 +46,52 @@ class Cost:
         names = op_modules(net, ops)
         self.owner, self.sizes = op_owner(names), block_sizes(net, names)
         self.net = copy.deepcopy(net).to('meta').eval()
-        for n,m in [*self.net.named_modules()]:
-            if isinstance(m, Crop): self.net.set_submodule(n, m.at()) # what a path has of a shared kernel
-        self.x, self.table = torch.empty(1, *x_shape, device='meta'), {} # op -> what it adds; None: what all share
-        self.inputs = self._block_inputs() if ops is None and getattr(net, 'is_chain', False) else None
+        crops = {name: m for name,m in self.net.named_modules() if isinstance(m, Crop)}
+        for name,crop in crops.items(): self.net.set_submodule(name, crop.at()) # what a path reads
+        self.x = torch.empty(1, *x_shape, device='meta')
+        self.table = {} # op -> what it adds; None: what all paths share
+        is_chain = ops is None and getattr(net, 'is_chain', False)
+        self.inputs = self._block_inputs() if is_chain else None
 
-    def measure(self,
-        path:Path, # op index per block
-    ) -> dict:     # op -> (MACs, parameters); None: what is left
-        "Measure a path's subnet, op by op."
-        module = _free(subnet(self.net, path))
-        with FlopCounterMode(display=False) as counter, torch.no_grad(): module(self.x)
-        counted, root = {k: sum(v.values()) for k,v in counter.get_flop_counts().items()}, type(module).__name__
-        found = {op: np.zeros(2, int) for op in map(tuple, reads(self.net, path))}
-        of, unused = {op[:2]: op for op in found}, np.zeros(2, int)
-        mine = lambda name: found.get(of.get(self.owner(name.removeprefix('net.'))), unused)
-        for n in {n.target for n in module.graph.nodes if n.op == 'call_module'}: mine(n)[0] += counted.get(f'{root}.{n}', 0)//2
-        for n,p in module.named_parameters(): mine(n)[1] += p.numel()*p.requires_grad
-        found[None] = np.array([counted[root]//2, count_params(module)]) - sum(found.values())
-        return {op: tuple(adds.tolist()) for op,adds in found.items()}
+# %% ../nbs/18_cost.ipynb #23aeb7be
+@patch
+def measure(self:Cost,
+    path:Path, # op index per block
+) -> dict:     # op -> (MACs, parameters); None: the rest
+    "Measure the subnet of a path, op by op."
+    module = _skip_free(subnet(self.net, path))
+    macs = _count_macs(module, self.x)
+    adds = {tuple(op): np.zeros(2, int) for op in reads(self.net, path)}
+    with_widths, rest = {op[:2]: op for op in adds}, np.zeros(2, int)
+    def adds_of(name:str) -> np.ndarray: # of the op that a submodule or parameter belongs to
+        op = self.owner(name.removeprefix('net.'))
+        return adds.get(with_widths.get(op), rest)
+    called = {node.target for node in module.graph.nodes if node.op == 'call_module'}
+    for name in called: adds_of(name)[0] += macs.get(name, 0)
+    for name,p in module.named_parameters(): adds_of(name)[1] += p.numel()*p.requires_grad
+    adds[None] = np.array([macs[''], count_params(module)]) - sum(adds.values())
+    return {op: tuple(counts.tolist()) for op,counts in adds.items()}
 
 # %% ../nbs/18_cost.ipynb #93fc3151
 @patch
-def _block_inputs(self:Cost) -> list: # what comes into each block of a chain
-    net, inputs = _free(copy.deepcopy(self.net)), []
+def _block_inputs(self:Cost) -> list: # of a chain
+    net, inputs = _skip_free(copy.deepcopy(self.net)), []
     with torch.no_grad():
         x = net.stem(self.x)
-        for l,o,*c in reads(net, (0,)*len(self.sizes)):
+        for l,o,*width in reads(net, (0,)*len(self.sizes)):
             inputs.append(x)
-            x = net.blocks[l][o](x, *c)
+            x = net.blocks[l][o](x, *width)
     return inputs
 
 @patch
 def measure_ops(self:Cost,
-    ops:Iterable[tuple[int, ...]], # (block, op), and its channels where it has a middle
+    ops:Iterable[tuple[int, ...]], # (block, op), and the channels of its middle if it has one
 ) -> dict: # op -> (MACs, parameters)
     "Measure ops of a chain, each alone."
-    op_at = lambda l,o,*c: self.net.blocks[l][o].at(*c) if c else copy.deepcopy(self.net.blocks[l][o])
-    modules, out = {op: _free(op_at(*op)) for op in ops}, {}
+    modules, out = {}, {}
+    for l,o,*width in ops:
+        op = self.net.blocks[l][o]
+        modules[l,o,*width] = _skip_free(op.at(*width) if width else copy.deepcopy(op))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for op,module in modules.items():
             before = counter.get_total_flops()
@@ -81,32 +101,41 @@ def measure_ops(self:Cost,
 
 # %% ../nbs/18_cost.ipynb #e1983c60
 @patch
+def _extend_table(self:Cost, path:Path, ops:list[tuple]):
+    is_whole = self.inputs is None or not self.table
+    measured = self.measure(path) if is_whole else self.measure_ops(ops)
+    for op,adds in measured.items():
+        known = self.table.setdefault(op, adds)
+        if known != adds:
+            raise ValueError(f'{op or "what all paths share"} costs {adds} in path {path}, '
+                             f'expected {known} as in others: '
+                             'modules that only some paths call must be named as ops')
+
+@patch
 def __call__(self:Cost,
     paths:Iterable[Path], # N paths
 ) -> np.ndarray:          # `(N, 2)` MACs for one input, trainable parameters
-    "Cost of paths; `ValueError` for a path that is none, or if what all paths share depends on the path."
+    "Return the cost of paths; `ValueError` for a path that is none, or if costs do not add up."
     out = []
     for path in paths:
         check_path(path, self.sizes)
         ops = [None, *map(tuple, reads(self.net, path))]
-        if new := [op for op in ops if op not in self.table]:
-            for op,adds in (self.measure(path) if self.inputs is None or not self.table else self.measure_ops(new)).items():
-                if self.table.setdefault(op, adds) != adds:
-                    raise ValueError(f'{op or "what all paths share"} costs {adds} in path {path}, expected {self.table[op]} as in others: '
-                                     'modules that only some paths call must be named as ops')
-        out.append([sum(n) for n in zip(*(self.table[op] for op in ops))])
+        new = [op for op in ops if op not in self.table]
+        if new: self._extend_table(path, new)
+        counts = [self.table[op] for op in ops]
+        out.append([sum(column) for column in zip(*counts)])
     return np.array(out).reshape(-1, 2)
 
 @patch
 def macs(self:Cost,
     path:Path, # op index per block
 ) -> int:      # for one input
-    "Multiply-accumulates of a path."
+    "Return the multiply-accumulates of a path."
     return int(self([path])[0,0])
 
 @patch
 def n_params(self:Cost,
     path:Path, # op index per block
-) -> int:      # trainable ones
-    "Parameters of a path."
+) -> int:
+    "Return the trainable parameters of a path."
     return int(self([path])[0,1])

@@ -82,7 +82,8 @@ class NB201Net(SplitNet):
             self.stages.append(nn.ModuleList(cells))
         self.reductions = nn.ModuleList([Reduction(channels), Reduction(2*channels)])
         last = 4*channels
-        self.head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), *pool_and_classify(last, n_classes))
+        classify = pool_and_classify(last, n_classes)
+        self.head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), *classify)
         self.sizes = nb201_space().sizes
         self.layers = [f'stages.{stage}.{i}' for stage,i in product(range(3), range(n_cells))]
         self.op_modules = {}
@@ -171,7 +172,7 @@ def forward(self:NB101Cell,
 def _from_input(v:int) -> int: # block of the edge from the input to a vertex
     return NB101_EDGES.index((0,v))
 
-def _width_triples(of_stack:Sequence[int]) -> list[tuple[int, ...]]: # of a vertex in the three stacks
+def _width_triples(of_stack:Sequence[int]) -> list[tuple[int, ...]]: # of vertices in the stacks
     shares = [(i, n) for n in range(1, 5) for i in range(n)]
     out = []
     for i,n in shares: # the i-th of n vertices that share the channels of a cell
@@ -204,7 +205,8 @@ class NB101Net(SplitNet):
         for v,o in product(range(1, 6), range(3)):
             self.op_modules[20+v,o] = [f'{cell}.ops.{v-1}.{o}' for cell in self.layers]
         for v in range(1, 7):
-            self.op_modules[_from_input(v),1] = [f'{cell}.projections.{v-1}' for cell in self.layers]
+            projections = [f'{cell}.projections.{v-1}' for cell in self.layers]
+            self.op_modules[_from_input(v),1] = projections
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d): m.momentum = .003
 
@@ -295,7 +297,7 @@ class DartsCell(nn.Module):
         "Return the output of an op."
         is_strided = self.strided is not None and i < 2
         ops = self.strided if is_strided else self.ops
-        number = i if is_strided or self.strided is None else i-2 # among the nodes that these ops read
+        number = i if is_strided or self.strided is None else i-2 # of the nodes that `ops` read
         return variant(ops[place][o], input=number, edge=number)(x)
 
     def forward(self, before:list[Tensor], path:Path, outs:Path) -> Tensor:
@@ -362,7 +364,7 @@ def reads(self:DartsNet,
         yield l, self.copy_for(l, o, input=number, edge=number)
 
 @patch
-def uses(self:DartsNet, l:int, o:int|Copy, by:SplitBy) -> Sequence[Hashable]: # `by` 'input' or 'edge'
+def uses(self:DartsNet, l:int, o:int|Copy, by:SplitBy) -> Sequence[Hashable]: # by 'input', 'edge'
     "Return the nodes that a place may read, at this stride."
     n_nodes = l%16//4 # before its own
     if l < 16: return range(n_nodes+2)
