@@ -31,9 +31,9 @@ def _skip_free(net:nn.Module) -> nn.Module: # the same; these layers take time a
 def _count_macs(module:nn.Module, x:Tensor) -> dict: # name of a submodule, '' for all -> MACs
     with FlopCounterMode(display=False) as counter, torch.no_grad(): module(x)
     root, out = type(module).__name__, {}
-    for name,flops in counter.get_flop_counts().items():
+    for name,counts in counter.get_flop_counts().items():
         name = '' if name == root else name.removeprefix(f'{root}.')
-        out[name] = sum(flops.values())//2
+        out[name] = sum(counts.values())//2
     return out
 
 class Cost:
