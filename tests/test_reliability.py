@@ -16,7 +16,8 @@ from kshot.record import read_run
 from kshot.benchmark import BENCHMARKS, get_space
 from kshot.studies.study import study_rows
 from kshot.supernet import Supernet, check_code
-from kshot.tables import end_with_parent, read_table
+from kshot.standalone import end_with_parent
+from kshot.tables import read_table
 from kshot.datasets.unpickle import load_plain
 
 HERE, N = Path(__file__).parent, Counter()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kshot import checkpoint, record, tables
+from kshot import checkpoint, record, standalone
 from kshot.base import files
 from kshot.base.files import LostProcess, StopSignal, Unwritable
 from kshot.base.storage import open_study, storage_errors
@@ -16,7 +16,8 @@ from kshot.cli import launch
 from kshot.datasets.folder import Files, ImageFiles
 from kshot.datasets.images import decode_images, save_images
 from kshot.figures.page import write_report
-from kshot.tables import make_table, write_parquet, write_table
+from kshot.standalone import make_table
+from kshot.tables import write_parquet, write_table
 from processes import call_ranks
 
 ENDS = dict(stop=StopSignal('told to stop'), interrupt=KeyboardInterrupt('Ctrl-C'),
@@ -91,7 +92,7 @@ class Pool:
 @pytest.mark.parametrize('error', [OSError(errno.EIO, 'of a worker'), *ENDS.values()], ids=['worker', *ENDS])
 def test_a_table_of_trainings(error, tmp_path):
     "What ends a training says nothing about the log."
-    with patch.object(tables, 'ProcessPoolExecutor', lambda *_, **__: Pool(error)), patch.object(tables, 'as_completed', list):
+    with patch.object(standalone, 'ProcessPoolExecutor', lambda *_, **__: Pool(error)), patch.object(standalone, 'as_completed', list):
         with pytest.raises(type(error)) as e: make_table('digits', tmp_path, epochs=1, seeds=1, paths=['0000'], n_workers=1)
     assert e.value is error
 

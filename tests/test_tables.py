@@ -7,7 +7,8 @@ import torch
 from kshot.datasets.importers import masked_crc32c
 from kshot.cli.launch import tables
 from kshot.benchmark import get_space, read_source
-from kshot.tables import baselines, devices, get_table, import_table, latency, list_tables, read_table, write_table
+from kshot.baselines import baselines
+from kshot.tables import devices, get_table, import_table, latency, list_tables, read_table, write_table
 from processes import command
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_damaged_source_ends_the_command(kind, home, tmp_path, call):
     assert not home.exists() and not ran.exists()
 
 @pytest.mark.parametrize('args,text', [(['show', 'nb201'], "table 'nb201', expected one of digits or a .parquet file; kshot_tables import nb201 FILE"),
-    (['import', 'cifar', 'x'], "format 'cifar', expected one of macro"), (['import', 'macro'], 'no source of table macro'), (['drop'], "subcommand 'drop', expected list"),
+    (['import', 'cifar', 'x'], "space 'cifar', expected one of digits, macro"), (['import', 'macro'], 'no source of table macro'), (['drop'], "subcommand 'drop', expected list"),
     (['baselines', 'digits', '--epochs', '7'], 'has no epochs 7, expected one of [20]')])
 def test_wrong_argument(args, text, home, call):
     code, out, err = call(*args)

@@ -28,6 +28,7 @@ import pandas as pd
 import pytest
 import torch
 
+import kshot.standalone
 import kshot.tables
 from kshot.base.files import write_json
 from kshot.checkpoint import checkpoints, load_tensors
@@ -37,7 +38,7 @@ from kshot.record import environment, read_run
 from kshot.runs import load_run, train_run
 from kshot.studies.grid import make_rows
 from kshot.studies.study import run_study
-from kshot.tables import make_table
+from kshot.standalone import make_table
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT/'results'/'reliability.json'
@@ -59,7 +60,7 @@ def study(folder):
     run_study(rows, folder/'study', workers=1, progress=False)
 
 def tables(folder): # its workers are forked here: importing takes seconds
-    kshot.tables.get_context = lambda _: multiprocessing.get_context('fork')
+    kshot.standalone.get_context = lambda _: multiprocessing.get_context('fork')
     make_table('digits', folder/'tables', epochs=1, seeds=1, paths=list(SPACE_PATHS), n_workers=2)
 
 WORK = dict(train=train, search=search, study=study, tables=tables)

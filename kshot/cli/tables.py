@@ -12,8 +12,9 @@ from typing import Literal
 import pandas as pd
 from .command import command, commands
 from ..jobs import by_scorer
-from ..tables import (Table, baselines, devices, get_table, import_table, list_tables, make_table,
-                          reference, summary)
+from ..baselines import baselines
+from ..standalone import make_table
+from ..tables import Table, devices, get_table, import_table, list_tables, reference
 
 # %% ../../nbs/cli/25_tables.ipynb #00b09761
 def records_of(
@@ -43,7 +44,7 @@ def _devices(space:str) -> list[str]: # none if there are no latencies
 
 def _about(table:Table) -> tuple[dict, str]:
     "Return what a table holds, as a record and as text."
-    about = summary(table)
+    about = table.describe()
     timed = _devices(table.space)
     lines = [f'space {table.space}, from {table.source or "kshot"}', text_of(about)]
     if timed: lines.append(f'latency on {", ".join(timed)}')

@@ -34,7 +34,8 @@ from ..record import add_result, check_links, environment, read_run, write_run
 from ..runs import ensure_trained, score_run
 from ..search import Search, make_search
 from ..space import Block, Space
-from ..tables import end_with_parent, get_table, get_truth, has_table, reference, write_parquet
+from ..standalone import end_with_parent
+from ..tables import get_table, get_truth, has_table, reference, write_parquet
 
 # %% ../../nbs/studies/30_study.ipynb #ece2475f
 def _truth(config:Config, how:dict) -> pd.DataFrame|None: # index path, a column a seed; None: there is no table
