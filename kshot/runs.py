@@ -15,12 +15,14 @@ import pandas as pd
 from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
 from .data import held # before fastai: it silences a warning of its import
+from fastcore.basics import patch
 from fastcore.foundation import L
 from .base.distributed import World, agree, distributed, is_first
 from .checkpoint import CheckpointCallback, check_tensors, checkpoints, load_model, load_newest, plain_errors
 from .config import Config, cost_of, make_codes, make_learner, space_of
 from .evaluate import score_paths
-from .record import add_result, check_free, environment, has_run, lock_run, read_config, read_run, write_run
+from .record import add_result, check_free, environment, has_run, lock_run
+from .record import read_config, read_run, write_run
 from .tables import write_parquet
 from .train import Learner, cosine
 
@@ -32,7 +34,7 @@ def train_run(
     cbs=None,          # more callbacks, such as a `kshot.lab.live.LiveCallback`
     progress:bool=True, # show a bar and the epochs?
 ) -> Learner:          # fitted
-    "Train K-shot supernets into a folder; raise `ValueError` if it is not free, or if there is nothing to resume."
+    "Train supernets into a folder; raise `ValueError` if it is not free or holds nothing to resume."
     folder = FilePath(folder)
     config = _config_to_train(config, folder, resume)
     with distributed() as shard, plain_errors(), ExitStack() as stack:
@@ -40,21 +42,25 @@ def train_run(
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
         stack.enter_context(lock_run(folder))
         cb = CheckpointCallback(folder, resume=resume and bool(checkpoints(folder)))
-        if not resume: write_run(folder, dict(config=asdict(config), **environment(), results={}, seconds={}))
+        if not resume: write_run(folder, _new_record(config))
         if not (progress and is_first()):
             stack.enter_context(learn.no_bar())
             stack.enter_context(learn.no_logging())
         learn.fit(config.epochs, cbs=[cosine(config.lr, end=config.lr_end), cb, *L(cbs)])
         if is_first(): _note_training(folder, config, learn, cb)
-        agree('done', 'the end')() # what the first process wrote is there when the others return
+        agree('done', 'the end')() # the others return when the first process has written
     return learn
+
+def _new_record(config:Config) -> dict:
+    return dict(config=asdict(config), **environment(), results={}, seconds={})
 
 def _config_to_train(config:Config, folder:FilePath, resume:bool) -> Config:
     if not resume:
         check_free(folder)
         return config
     if 'per_seed' in read_run(folder)['results']:
-        raise ValueError(f'folder {str(folder)!r} holds runs of several seeds, expected one of them')
+        holds = f'folder {str(folder)!r} holds runs of several seeds'
+        raise ValueError(f'{holds}, expected one run')
     return read_config(folder)
 
 def _note_training(folder:FilePath, config:Config, learn:Learner, cb:CheckpointCallback):
@@ -62,16 +68,19 @@ def _note_training(folder:FilePath, config:Config, learn:Learner, cb:CheckpointC
     sampler = learn.k_shot.sampler
     n_epochs = len(cb.log)
     if n_epochs == config.epochs or getattr(sampler, 'is_done', False):
-        updates = n_epochs*len(learn.dls.train)*sampler.n_a_step # forward and backward passes over a batch
-        add_result(folder, 'train', cb.log[-1] | dict(updates=updates), time.monotonic()-cb.seconds)
-    else: print(f'{str(folder)!r} has {n_epochs} of {config.epochs} epochs: resume it to go on', file=sys.stderr)
+        updates = n_epochs*len(learn.dls.train)*sampler.n_a_step # passes over a batch, forward and back
+        result = cb.log[-1] | dict(updates=updates)
+        add_result(folder, 'train', result, time.monotonic()-cb.seconds)
+    else:
+        progress = f'{str(folder)!r} has {n_epochs} of {config.epochs} epochs'
+        print(f'{progress}: resume it to go on', file=sys.stderr)
 
 # %% ../nbs/85_runs.ipynb #3e74f393
 def load_run(
     folder:FilePath, # of a run
     shard:World=World(), # which part of every batch
 ) -> tuple[Config, Learner]: # its configuration, a learner with the newest weights
-    "Return supernets and codes of a run; raise `ValueError` if the folder holds none that can be read."
+    "Return supernets and codes of a run; raise `ValueError` if it has none that can be read."
     config, tensors, meta = _newest(folder)
     learn = make_learner(config, shard)
     load_model(learn, tensors, meta)
@@ -83,20 +92,24 @@ def load_codes(
     "Return the codes of a run alone; raise `ValueError` as `load_run` does."
     config, tensors, _ = _newest(folder)
     codes = make_codes(config)
-    own = {name.removeprefix('codes/'): t for name,t in tensors.items() if name.startswith('codes/')}
+    own = {name.removeprefix('codes/'): t for name,t in tensors.items()
+           if name.startswith('codes/')}
     check_tensors(own, codes.state_dict())
     codes.load_state_dict(own)
     return config, codes
 
-def _newest(folder:FilePath) -> tuple[Config, dict[str, Tensor], dict]: # tensors and record of the newest checkpoint
+def _newest(folder:FilePath) -> tuple[Config, dict[str, Tensor], dict]: # the newest checkpoint
     config = read_config(folder)
     trained = read_run(folder)['results'].get('train')
     if trained is None:
-        raise ValueError(f'folder {str(folder)!r} holds a run that is not trained to its end: resume it first')
+        holds = f'folder {str(folder)!r} holds a run that is not trained to its end'
+        raise ValueError(f'{holds}: resume it first')
     tensors, meta = load_newest(folder)
-    epoch, last = meta.get('epoch'), trained.get('epoch')
+    epoch = meta.get('epoch')
+    last = trained.get('epoch')
     if epoch != last: # the newest cannot be read
-        raise ValueError(f'folder {str(folder)!r} holds weights of epoch {epoch}, expected {last}: resume the training')
+        holds = f'folder {str(folder)!r} holds weights of epoch {epoch}'
+        raise ValueError(f'{holds}, expected {last}: resume the training')
     return config, tensors, meta
 
 # %% ../nbs/85_runs.ipynb #45b458ee
@@ -105,10 +118,11 @@ def ensure_trained(
     folder:FilePath, # of the run
     progress:bool=True, # as in `train_run`
 ):
-    "Train a run, or resume it, or leave it if it is done; raise `ValueError` if the folder holds another one."
+    "Train or resume a run, unless it is done; raise `ValueError` if the folder holds another one."
     folder = FilePath(folder)
     begun = has_run(folder, config)
-    if not begun or 'train' not in read_run(folder)['results']: train_run(config, folder, resume=begun, progress=progress)
+    is_done = begun and 'train' in read_run(folder)['results']
+    if not is_done: train_run(config, folder, resume=begun, progress=progress)
 
 # %% ../nbs/85_runs.ipynb #55f8af7b
 def hash_weights(
@@ -123,12 +137,13 @@ def hash_weights(
 def score_run(
     folder:FilePath,     # of a run
     paths:list[str]|None=None, # formatted; None: every path of the space
-    n_calibration:int=4, # training batches for batch norm; 0: tracked statistics, or else the scored batch's own
+    n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     bf16:bool=False,     # score in bfloat16?
     progress:bool=False, # show a bar?
-) -> pd.DataFrame:       # columns path, acc_super, loss_super, macs, n_params, K, seed; also in `folder/scores.parquet`
-    "Score paths of a trained run; raise `ValueError` if the folder holds scores that were made in another way."
-    if n_calibration < 0: raise ValueError(f'n_calibration={n_calibration}, expected at least 0')
+) -> pd.DataFrame:       # path, acc_super, loss_super, macs, n_params, K, seed
+    "Score paths of a trained run; raise `ValueError` if it has scores made in another way."
+    if n_calibration < 0:
+        raise ValueError(f'n_calibration={n_calibration}, expected at least 0')
     folder = FilePath(folder)
     read_run(folder) # or there is nothing to lock
     with distributed() as shard, lock_run(folder):
@@ -146,9 +161,12 @@ class _Scoring:
         self.started = time.monotonic()
         self.config, self.learn = load_run(folder, shard)
         self.space = space_of(self.config)
-        self.folder, self.fname = folder, folder/'scores.parquet'
+        self.folder = folder
+        self.fname = folder/'scores.parquet'
         self.shard = shard
-        self.settings = dict(n_calibration=n_calibration, bf16=bf16 or self.learn.model.bf16, weights=hash_weights(self.learn))
+        bf16 = bf16 or self.learn.model.bf16
+        weights = hash_weights(self.learn)
+        self.settings = dict(n_calibration=n_calibration, bf16=bf16, weights=weights)
         record = read_run(folder)
         earlier = record['results'].get('score') if self.fname.exists() else None
         self._check(earlier)
@@ -156,31 +174,44 @@ class _Scoring:
         if earlier: self.started -= record['seconds'].get('score', 0)
 
     def _check(self, earlier:dict|None):
-        if earlier and any(earlier.get(name) != value for name,value in self.settings.items()):
-            raise ValueError(f'{str(self.fname)!r} was made with {earlier}, expected {self.settings}: remove it to score anew')
+        settings = self.settings
+        if earlier and any(earlier.get(name) != value for name,value in settings.items()):
+            made = f'{str(self.fname)!r} was made with {earlier}'
+            raise ValueError(f'{made}, expected {settings}: remove it to score anew')
         n = self.shard.size
-        if not self.settings['n_calibration'] and n > 1 and not self.config.track_bn: # each would normalise by its own images
-            raise ValueError(f'n_calibration=0 in {n} processes, expected one process, or calibration')
+        if settings['n_calibration'] or n == 1 or self.config.track_bn: return
+        # each process would normalise by its own images
+        raise ValueError(f'n_calibration=0 in {n} processes, expected one, or calibration')
 
-    def run(self, wanted:list, progress:bool) -> pd.DataFrame: # all scores there are
-        left = sorted(set(wanted) - set(map(self.space.parse, self.done.path)))
-        if left: self._score(left, progress)
-        return self.done
+# %% ../nbs/85_runs.ipynb #cf14e1a4
+@patch
+def run(self:_Scoring, wanted:list, progress:bool) -> pd.DataFrame: # all scores there are
+    left = sorted(set(wanted) - set(map(self.space.parse, self.done.path)))
+    if left: self._score(left, progress)
+    return self.done
 
-    def _score(self, left:list, progress:bool):
-        "Score paths in chunks, each written when it is done."
-        add_result(self.folder, 'score', self.settings, self.started)
-        learn, n = self.learn, self.settings['n_calibration']
-        cost = cost_of(self.config, learn.dls)
-        valid = held(learn.dls.valid)
-        batches = learn.dls.train.fixed(n, shard=self.shard) if n else None
-        show = partial(progress_bar, leave=False) if progress else iter
-        for i in show(range(0, len(left), 500)):
-            chunk = left[i:i+500]
-            scores = score_paths(learn.model, learn.k_shot.codes, self.space, chunk, valid, batches,
-                                 self.settings['bf16'], self.shard.size > 1)
-            macs, n_params = cost(chunk).T
-            scores = scores.assign(macs=macs, n_params=n_params, K=self.config.K, seed=self.config.seed)
-            self.done = pd.concat([self.done, scores], ignore_index=True) if len(self.done) else scores
-            if is_first(): write_parquet(self.done, self.fname)
-            add_result(self.folder, 'score', self.settings | dict(n_paths=len(self.done)), self.started)
+@patch
+def _score(self:_Scoring, left:list, progress:bool):
+    "Score paths in chunks, each written when it is done."
+    add_result(self.folder, 'score', self.settings, self.started)
+    learn = self.learn
+    n = self.settings['n_calibration']
+    cost = cost_of(self.config, learn.dls)
+    valid = held(learn.dls.valid)
+    batches = learn.dls.train.fixed(n, shard=self.shard) if n else None
+    show = partial(progress_bar, leave=False) if progress else iter
+    for i in show(range(0, len(left), 500)):
+        chunk = left[i:i+500]
+        scores = score_paths(learn.model, learn.k_shot.codes, self.space, chunk, valid, batches,
+                             self.settings['bf16'], self.shard.size > 1)
+        macs, n_params = cost(chunk).T
+        about = dict(macs=macs, n_params=n_params, K=self.config.K, seed=self.config.seed)
+        self._add(scores.assign(**about))
+
+@patch
+def _add(self:_Scoring, scores:pd.DataFrame):
+    if len(self.done): scores = pd.concat([self.done, scores], ignore_index=True)
+    self.done = scores
+    if is_first(): write_parquet(self.done, self.fname)
+    result = self.settings | dict(n_paths=len(self.done))
+    add_result(self.folder, 'score', result, self.started)

@@ -7,9 +7,10 @@ __all__ = ['bench', 'plain_step', 'supernet_step', 'naive_step', 'simplex_step',
            'bench_score', 'bench_data']
 
 # %% ../../nbs/cli/60_bench.ipynb #2404ccc8
-import json, statistics, subprocess, sys, tempfile
+import statistics, subprocess, sys, tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from ..base.files import n_cores
+from ..base.files import n_cores, write_json
 from ..benchmark import BENCHMARKS, get_benchmark, get_net, get_space
 from .command import command, commands
 from .timing import interleaved, milliseconds, ratio
@@ -42,7 +43,8 @@ def plain_step(net:nn.Module, bf16:bool=False) -> Callable: # step(x, y, path)
     "Return the step of the network itself: it trains the subnet alone, the other ops rest."
     opt = sgd(by_decay(net), lr=.01)
     def step(x, y, path):
-        with torch.autocast(x.device.type, torch.bfloat16, bf16): loss = F.cross_entropy(net(x, path), y)
+        with torch.autocast(x.device.type, torch.bfloat16, bf16):
+            loss = F.cross_entropy(net(x, path), y)
         _finish(loss, opt)
     return step
 
@@ -55,14 +57,13 @@ def supernet_step(net:nn.Module, K:int, bf16:bool=False) -> Callable: # step(x, 
     return step
 
 # %% ../../nbs/cli/60_bench.ipynb #5313b33f
-def _is_on(name:str, path:Path) -> bool: # does a step with the path use a parameter of this name?
+def _is_on(name:str, path:Path) -> bool: # does the path use a parameter of this name?
     if not name.startswith('blocks.'): return True
     _, block, op, *_ = name.split('.')
     return path[int(block)] == int(op)
 
 def _of_ndim(nets:list[list[nn.Parameter]], decayed:bool) -> list[nn.Parameter]:
-    params = [p for net in nets for p in net]
-    return [p for p in params if (p.ndim > 1) == decayed]
+    return [p for p in chain(*nets) if (p.ndim > 1) == decayed]
 
 def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
     "Return the step of K networks whose parameters are added up, weighted by the code."
@@ -71,7 +72,9 @@ def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
     for _ in range(K): nets.append([nn.Parameter(p.detach().clone()) for p in net.parameters()])
     opt = sgd([_of_ndim(nets, True), _of_ndim(nets, False)], lr=.01)
     def step(x, y, path):
-        mixed = {name: sum(p/K for p in params) for name,*params in zip(names, *nets) if _is_on(name, path)}
+        mixed = {}
+        for name,*params in zip(names, *nets):
+            if _is_on(name, path): mixed[name] = sum(p/K for p in params)
         _finish(F.cross_entropy(functional_call(net, mixed, (x, path)), y), opt)
     return step
 
@@ -107,9 +110,10 @@ def _contest(bs:int, space:str, channels:int, px:int) -> _Contest:
     x = torch.randn(bs, n_colors, px or usual, px or usual)
     y = torch.randint(0, 10, (bs,))
     net = get_net(space, channels).to(device, memory_format=torch.channels_last)
-    return _Contest(net, get_space(space), x.to(device).contiguous(memory_format=torch.channels_last), y.to(device))
+    x = x.to(device).contiguous(memory_format=torch.channels_last)
+    return _Contest(net, get_space(space), x, y.to(device))
 
-def _high_water() -> int: # KiB; Linux (`getrusage` would report the parent's mark where that is higher)
+def _high_water() -> int: # KiB, on Linux; `getrusage` may report the parent's mark
     lines = FilePath('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))
 
@@ -128,7 +132,8 @@ def peak_mib(
 ) -> float:    # MiB on the GPU; without one, MiB above what the imports take
     "Return the peak memory of three supernet steps in a new process."
     code = f'from kshot.cli.bench import _print_peak; _print_peak({K}, {bf16}, *{contest!r})'
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    argv = [sys.executable, '-W', 'ignore', '-c', code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 # %% ../../nbs/cli/60_bench.ipynb #47945351
@@ -150,17 +155,19 @@ def bench_step(
     steps = _supernet_times(contest, Ks, bf16, paths, rounds)
     loops = _simplex_times(contest, many, rounds)
     over = {f'K{K}_over_K1': ratio(steps, f'K{K}', 'K1') for K in Ks}
-    over |= dict(K1_over_plain=ratio(steps, 'K1', 'plain'), naive_over_K1=ratio(steps, 'naive', 'K1'))
-    result = dict(space=space, channels=channels, px=contest.x.shape[-1], bf16=bf16, bs=bs, rounds=rounds,
-                  threads=torch.get_num_threads(), supernet_step=over,
-                  simplex_step=dict(over_one_shot_loop=ratio(loops, 'simplex', 'one_shot')),
-                  ms=milliseconds(steps) | milliseconds(loops))
+    over['K1_over_plain'] = ratio(steps, 'K1', 'plain')
+    over['naive_over_K1'] = ratio(steps, 'naive', 'K1')
+    simplex = dict(over_one_shot_loop=ratio(loops, 'simplex', 'one_shot'))
+    result = dict(space=space, channels=channels, px=contest.x.shape[-1], bf16=bf16, bs=bs,
+                  rounds=rounds, threads=torch.get_num_threads(), supernet_step=over,
+                  simplex_step=simplex, ms=milliseconds(steps) | milliseconds(loops))
     if not memory: return result
-    contestants = {f'K{K}': K for K in Ks} | dict(plain=0)
-    peaks = {name: round(peak_mib(K, bf16, bs, space, channels, px)) for name,K in contestants.items()}
+    peaks = {}
+    for name,K in ({f'K{K}': K for K in Ks} | dict(plain=0)).items():
+        peaks[name] = round(peak_mib(K, bf16, bs, space, channels, px))
     return result | dict(peak_mib=peaks)
 
-def _supernet_times(contest:_Contest, Ks, bf16:bool, paths:list[Path], rounds:int) -> dict[str, list[float]]:
+def _supernet_times(contest:_Contest, Ks, bf16:bool, paths:list[Path], rounds:int) -> dict:
     net, _, x, y = contest
     steps = dict(plain=plain_step(net, bf16))
     for K in Ks: steps[f'K{K}'] = supernet_step(net, K, bf16)
@@ -168,7 +175,7 @@ def _supernet_times(contest:_Contest, Ks, bf16:bool, paths:list[Path], rounds:in
     def take(step, i): step(x, y, paths[i])
     return interleaved({name: partial(take, step) for name,step in steps.items()}, rounds)
 
-def _simplex_times(contest:_Contest, paths:list[list[Path]], rounds:int) -> dict[str, list[float]]:
+def _simplex_times(contest:_Contest, paths:list[list[Path]], rounds:int) -> dict:
     net, _, x, y = contest
     steps = dict(simplex=simplex_step(net, 8), one_shot=one_shot_loop(net))
     def take(step, i): step(x, y, paths[i])
@@ -194,17 +201,20 @@ def bench_score(
     four = Supernet(net, 4)
     def score(supernet, bf16, i): _score_each(supernet, paths, batches, calibration, bf16)
     def tree(i): score_chain(one, paths, batches, calibration)
-    steps = dict(K1=partial(score, one, False), K4=partial(score, four, False), K4_bf16=partial(score, four, True))
+    steps = dict(K1=partial(score, one, False), K4=partial(score, four, False),
+                 K4_bf16=partial(score, four, True))
     if getattr(net, 'is_tree', False): steps['K1_tree'] = tree
     times = interleaved(steps, rounds)
     rates = {name: round(n/statistics.median(seconds), 1) for name,seconds in times.items()}
-    return dict(space=space, channels=channels, n_cells=n_cells, px=px, n=n, n_valid=n_valid, rounds=rounds,
-                threads=torch.get_num_threads(), paths_per_second=rates,
-                time_over_K1={name: ratio(times, name, 'K1') for name in times})
+    over = {name: ratio(times, name, 'K1') for name in times}
+    return dict(space=space, channels=channels, n_cells=n_cells, px=px, n=n, n_valid=n_valid,
+                rounds=rounds, threads=torch.get_num_threads(), paths_per_second=rates,
+                time_over_K1=over)
 
 def _random_batch(n:int, px:int) -> tuple[Tensor, Tensor]: # images, classes
     device = fastest_device()
-    images = torch.randn(n, 3, px, px, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(n, 3, px, px, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
     return images, torch.randint(0, 10, (n,), device=device)
 
 def _score_each(supernet:Supernet, paths:list[Path], batches:list, calibration:list, bf16:bool):
@@ -214,10 +224,10 @@ def _score_each(supernet:Supernet, paths:list[Path], batches:list, calibration:l
 
 # %% ../../nbs/cli/60_bench.ipynb #81a70396
 def bench_data(
-    folder:str='',    # with `train/<class>/` and `val/<class>/`; '': 600 random pictures of 500x375
+    folder:str='',    # with `train/CLASS/` and `val/CLASS/`; '': 600 random pictures of 500x375
     px:int=224,       # pixels a side
     bs:int=64,        # images a batch
-    workers:tuple[int, ...]=(0,1,2,4,8), # processes that read; those above the number of cores are left out
+    workers:tuple[int, ...]=(0,1,2,4,8), # processes that read; no more than there are cores
     augment:Literal['mild', 'strong']='mild', # of the images
     n_batches:int=8,  # that are timed
 ) -> dict:            # images per second by number of workers
@@ -228,14 +238,16 @@ def bench_data(
         passes = 1 + n_batches*bs//500
         for n in workers:
             if n > n_cores(): continue
-            data = imagenet_data(folder or pictures, bs, passes=passes, px=px, n_valid=100, augment=augment, n_workers=n)
+            data = imagenet_data(folder or pictures, bs, passes=passes, px=px, n_valid=100,
+                                 augment=augment, n_workers=n)
             rates[f'{n}_workers'] = round(images_per_second(data[0], n_batches), 1)
-    return dict(px=px, bs=bs, augment=augment, n_batches=n_batches, images=folder or 'random pictures',
-                images_per_second=rates)
+    return dict(px=px, bs=bs, augment=augment, n_batches=n_batches,
+                images=folder or 'random pictures', images_per_second=rates)
 
 def _write_pictures(folder:FilePath, n:int): # to train on, and two to validate
     rng = np.random.default_rng(0)
-    names = [f'train/class_{i%2}/{i}.jpg' for i in range(n)] + [f'val/class_{i}/{i}.jpg' for i in range(2)]
+    names = [f'train/class_{i%2}/{i}.jpg' for i in range(n)]
+    names += [f'val/class_{i}/{i}.jpg' for i in range(2)]
     for name in names:
         fname = folder/name
         fname.parent.mkdir(parents=True, exist_ok=True)
@@ -252,11 +264,12 @@ def _check_space(name:str):
     in_color = [space for space,benchmark in BENCHMARKS.items() if benchmark.x_shape[0] == 3]
     raise ValueError(f'space {name!r}, expected one of {", ".join(in_color)}')
 
-def _result(measured:dict, save:FilePath) -> tuple[dict, str]: # with versions and machine, and as text
+def _result(measured:dict, save:FilePath) -> tuple[dict, str]: # with versions, and as text
     result = measured | environment()
-    if save.name: save.write_text(json.dumps(result, indent=1)+'\n')
+    if save.name: write_json(save, result)
     rows = {}
-    for name,value in measured.items(): rows |= value if isinstance(value, dict) else {name: value}
+    for name,value in measured.items():
+        rows |= value if isinstance(value, dict) else {name: value}
     return result, '\n'.join(f'{name}: {value}' for name,value in rows.items())
 
 @command(of='bench', examples={
@@ -276,7 +289,8 @@ def _step(
     _check_least(16, bs=bs)
     _check_least(1, rounds=rounds)
     _check_space(space)
-    return _result(bench_step(bs=bs, rounds=rounds, space=space, channels=channels, px=px, bf16=bf16), save)
+    measured = bench_step(bs=bs, rounds=rounds, space=space, channels=channels, px=px, bf16=bf16)
+    return _result(measured, save)
 
 # %% ../../nbs/cli/60_bench.ipynb #5289cf7c
 @command(of='bench', examples={
@@ -346,4 +360,5 @@ def _needs(
     _check_space(space)
     return _result(needs(space, K, widths=tuple(map(float, widths.split()))), save)
 
-bench = commands('Measure what K supernets cost beside one.', [_step, _score, _data, _live, _comm, _needs])
+bench = commands('Measure what K supernets cost beside one.',
+                 [_step, _score, _data, _live, _comm, _needs])

@@ -33,7 +33,7 @@ def run_folder(
     runs:FilePath, # folder of runs
     name:str,      # of a run; it may be a folder in a folder
 ) -> FilePath:
-    "Return the folder of a run; raise `ValueError` for a name that leads elsewhere or is not UTF-8."
+    "Return the folder of a run; raise `ValueError` for a name that leads elsewhere."
     try: name.encode()
     except UnicodeEncodeError as e: raise ValueError(f'name {name!r}, expected UTF-8') from e
     if {'', '.', '..'} & {*name.split('/')}:
@@ -44,7 +44,7 @@ def run_folder(
 def set_threads(
     config:Mapping, # of a run: its `space` and `px` count
 ):
-    "Use one thread for networks so small that several are slower, unless the environment says how many."
+    "Use one thread for images so small that several are slower, unless `OMP_NUM_THREADS` is set."
     px = config.get('px') or get_benchmark(config.get('space', 'digits')).x_shape[-1]
     if px <= 16 and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
 
@@ -60,15 +60,16 @@ def check_same(
     for name,value in wanted.items():
         has = config.get(name)
         if value not in (has, _USUAL[name]):
-            raise ValueError(f'folder {str(folder)!r} holds a run with {name}={has!r}, expected {name}={value!r}: '
-                             'choose another --name')
+            holds = f'folder {str(folder)!r} holds a run with {name}={has!r}'
+            raise ValueError(f'{holds}, expected {name}={value!r}: choose another --name')
 
 # %% ../../nbs/cli/30_launch.ipynb #ccc716f4
 def _report(folder:FilePath, title:str='', runs:dict|None=None, truth:dict|None=None):
     "Write a run's report from the first process, or say why there is none."
     if not is_first(): return
     fname = folder/'report.html'
-    try: make_report(fname, title or f'kshot: {folder.name}', runs or {folder.name: folder}, truth)
+    title = title or f'kshot: {folder.name}'
+    try: make_report(fname, title, runs or {folder.name: folder}, truth)
     except (Unwritable, ConnectionError): raise
     except Exception as e:
         reason = ' '.join(f'{type(e).__name__}: {e}'.split())
@@ -82,7 +83,7 @@ def _how_to_resume(name:str, runs:FilePath) -> str:
 @command(options=Config, examples={
     '': 'four supernets of the digits space, in runs/run',
     '--name one_shot --K 1 --epochs 10': 'one-shot, a third of the training',
-    '--name nb201 --space nb201 --K 8 --bf16': 'NAS-Bench-201 on CIFAR-10, half of it for validation',
+    '--name nb201 --space nb201 --K 8 --bf16': 'NAS-Bench-201 on CIFAR-10, half to validate',
     '--name nb201 --resume': 'go on where it was interrupted'})
 def train(
     name:str='run',      # of the run: its folder is RUNS/NAME
@@ -96,12 +97,13 @@ def train(
     set_threads(read_run(folder)['config'] if resume else config)
     try: train_run(Config(**config), folder, resume)
     except (KeyboardInterrupt, StopSignal, ConnectionError):
-        if (folder/'run.json').exists(): print(f'\nto go on: {_how_to_resume(name, runs)}', file=sys.stderr)
+        if (folder/'run.json').exists():
+            print(f'\nto go on: {_how_to_resume(name, runs)}', file=sys.stderr)
         raise
     _report(folder)
     result = read_run(folder)['results']['train']
-    text = f'epoch {result["epoch"]}, loss {result["loss"]:.3f}, accuracy of up to 16 paths {result["acc_valid"]:.3f}'
-    return result, f'{folder}: {text}'
+    text = f'epoch {result["epoch"]}, loss {result["loss"]:.3f}'
+    return result, f'{folder}: {text}, accuracy of up to 16 paths {result["acc_valid"]:.3f}'
 
 # %% ../../nbs/cli/30_launch.ipynb #4d95c450
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Truth:
     def of_space(self,
         space:str, # name of a space
     ) -> dict:     # arguments of `get_truth`
-        "Return the question that the space's table answers; raise `ValueError` if it has no such answer."
+        "Return the question in full; raise `ValueError` if the table has no answer."
         table = self.table or space
         keys = reference(get_table(table), self.table_data, self.table_split, self.table_epochs)
         return dict(table=table, n=self.n_paths or None, **keys)
@@ -125,18 +127,18 @@ class Truth:
 @command(options=Config, examples={
     '--name first': 'a run that is trained already; or K = 4 on digits, trained first',
     '--name three --K 1 --seeds 3': 'one-shot, mean and spread over three seeds',
-    '--name macro --space macro --n_paths 500 --bf16_scores': '500 paths of NAS-Bench-Macro, after training on CIFAR-10',
+    '--name macro --space macro --n_paths 500': '500 paths of NAS-Bench-Macro, on CIFAR-10',
     '--name few --codes vertex --K 5': 'few-shot: the op of the first block selects the supernet'})
 def rank(
-    name:str='run',      # of the experiment, or of a run that is trained already (with its own settings)
+    name:str='run',      # of the experiment, or of a trained run (with its own settings)
     runs:FilePath=FilePath('runs'), # folder of runs
     seeds:int=1,         # number of trainings, with seeds from --seed on
-    n_calibration:int=4, # training batches for batch norm; 0: tracked statistics, or else the scored batch's own
+    n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     bf16_scores:bool=False, # score in bfloat16
     truth:Truth=Truth(), # what the scores are ranked against
     **config,
 ):
-    "Train supernets, score their paths and rank them against a table; repeat the command to resume."
+    "Train supernets, score their paths, rank them against a table; repeat the command to resume."
     folder = run_folder(runs, name)
     scoring = dict(n_calibration=n_calibration, bf16=bf16_scores, progress=True)
     is_trained = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
@@ -154,8 +156,8 @@ def rank(
     _report(folder, f'kshot: {name}', ranked, question)
     return read_run(folder)['results']['rank'], _rank_text(frame)
 
-_RANK_COLUMNS = ['scorer', 'n_seeds', 'tau', 'tau_std', 'low', 'high', 'spearman', 'sparse_tau', 'top_tau', 'top_tau_std',
-                 'regret_n', 'surpass_random']
+_RANK_COLUMNS = ['scorer', 'n_seeds', 'tau', 'tau_std', 'low', 'high', 'spearman', 'sparse_tau',
+                 'top_tau', 'top_tau_std', 'regret_n', 'surpass_random']
 
 def _rank_text(frame:pd.DataFrame) -> str:
     columns = [name for name in _RANK_COLUMNS if name in frame]
@@ -173,19 +175,21 @@ def search(
     algorithm:Algorithm='nsga2', # how the next path is found
     seed:int=0,          # of the search
     n_calibration:int=4, # training batches for batch norm; 0: as in kshot_rank
-    storage:str='',      # URL of a database that workers on several machines share; '': a journal in the run's folder
+    storage:str='',      # URL of a database that workers share; '': a journal in the run's folder
     budget:Budget=Budget(), # what the best path may cost
 ):
     "Search a trained run for its best path; repeat the command to resume, or to share the work."
     folder = run_folder(runs, name)
     set_threads(read_run(folder)['config'])
     if storage and '://' not in storage:
-        raise ValueError(f'storage {storage!r}, expected a URL such as postgresql://USER@HOST/NAME')
-    search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage or None, progress=True)
+        raise ValueError(f'storage {storage!r}, expected a URL like postgresql://USER@HOST/NAME')
+    storage = storage or None
+    search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage, progress=True)
     _report(folder)
     best = read_run(folder)['results']['search']
     costs = f'{best["macs"]:,} MACs, {best["n_params"]:,} parameters'
-    return best, f'{best["path"]}: supernet accuracy {best["acc_super"]:.3f}, {costs} ({best["n"]} paths scored)'
+    text = f'{best["path"]}: supernet accuracy {best["acc_super"]:.3f}, {costs}'
+    return best, f'{text} ({best["n"]} paths scored)'
 
 # %% ../../nbs/cli/30_launch.ipynb #7f941d3d
 @command(examples={
@@ -196,17 +200,17 @@ def retrain(
     name:str='run',      # of a run
     runs:FilePath=FilePath('runs'), # folder of runs
     path:str='',         # to train, such as 0123; '': what the search found
-    recipe:Literal['quick', 'mild', 'strong']='quick', # quick for small benchmarks, mild and strong for ImageNet
+    recipe:Literal['quick', 'mild', 'strong']='quick', # mild and strong are for ImageNet
     epochs:int=0,        # of training; 0: the recipe's
     bs:int=0,            # images a batch, over all processes; 0: the recipe's
     seed:int=0,          # of weights, order and augmentation
 ):
-    "Train one path alone, test it, save it as RUNS/NAME/subnet.safetensors; repeat the command to resume."
+    "Train one path alone, save it as RUNS/NAME/subnet.safetensors; repeat the command to resume."
     folder = run_folder(runs, name)
     set_threads(read_run(folder)['config'])
     result = retrain_run(folder, path or None, recipe, epochs, bs, seed, progress=True)
-    accs = f'{result["acc_alone"]:.3f} on the test split, {result["acc_valid"]:.3f} on the validation split'
-    return result, f'{result["path"]} alone: {accs}'
+    text = f'{result["path"]} alone: {result["acc_alone"]:.3f} on the test split'
+    return result, f'{text}, {result["acc_valid"]:.3f} on the validation split'
 
 @command(alone=True, examples={
     '--name first': 'for torch.export',
@@ -229,11 +233,12 @@ def demo(
     name:str='demo',     # the folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
     K:int=4,             # number of supernets of the K-shot run
-    quick:bool=False,    # a tenth of the training, a fifth of the paths: it shows that everything works, not how well
+    quick:bool=False,    # a tenth of the training, a fifth of the paths: to see that everything works
     seed:int=0,          # of everything random
 ):
-    "Train K-shot and one-shot supernets on digits, rank, search, retrain; repeat the command to resume."
-    folder, started = run_folder(runs, name), time.monotonic()
+    "Train K-shot and one-shot supernets on digits, rank, search, retrain; repeat to resume."
+    started = time.monotonic()
+    folder = run_folder(runs, name)
     set_threads({})
     record = _demo_record(folder, dict(K=K, quick=quick, seed=seed))
     if not record['results']:
@@ -243,7 +248,7 @@ def demo(
     return record, _demo_text(record['results'], folder)
 
 def _demo_record(folder:FilePath, config:dict) -> dict:
-    "Return the record of a demo, written now if there is none; raise `ValueError` if the folder holds something else."
+    "Return the record of a demo, a new one if need be; raise `ValueError` for another demo's."
     if not (folder/'run.json').exists():
         check_free(folder)
         write_run(folder, dict(config=config, **environment(), results={}, seconds={}))
@@ -256,14 +261,17 @@ def _demo_record(folder:FilePath, config:dict) -> dict:
 def _run_demo(folder:FilePath, K:int, quick:bool, seed:int) -> dict:
     "Return what ranking and search found, after all that is still to do."
     epochs = 3 if quick else 30
-    configs = dict(kshot=Config(K=K, epochs=epochs, seed=seed), one_shot=Config(K=1, epochs=epochs, seed=seed))
+    configs = dict(kshot=Config(K=K, epochs=epochs, seed=seed),
+                   one_shot=Config(K=1, epochs=epochs, seed=seed))
     for name,config in configs.items():
-        print(f'{name}: {config.K} supernet{"s"*(config.K > 1)}, {epochs*config.passes*8:,} updates')
+        updates = f'{epochs*config.passes*8:,} updates'
+        print(f'{name}: {config.K} supernet{"s"*(config.K > 1)}, {updates}')
         ensure_trained(config, folder/name)
     question = dict(table='digits', n=125 if quick else None)
     truth = get_truth(**question)
     paths = list(truth.index)
-    ranks = rank_scores({name: score_run(folder/name, paths, progress=True) for name in configs}, truth)
+    scores = {name: score_run(folder/name, paths, progress=True) for name in configs}
+    ranks = rank_scores(scores, truth)
     budget = Budget(macs=float(get_table('digits').frame.macs.median()))
     search_run(folder/'kshot', n=50 if quick else 200, budget=budget, seed=seed, progress=True)
     retrain_run(folder/'kshot', seed=seed)
@@ -275,35 +283,42 @@ def _true_rank(accs:pd.Series, acc:float) -> int: return 1 + int((accs > acc).su
 
 def _compare_found(folder:FilePath) -> dict:
     "Return what search and retraining found, with its true rank."
-    results, table = read_run(folder)['results'], get_table('digits')
-    found, most = results['search'], results['search']['budgets']['macs']
+    results = read_run(folder)['results']
+    found = results['search']
+    most = found['budgets']['macs']
+    table = get_table('digits')
     truth = table.mean(split='test')
     macs = table.select(split='test', seed=0).set_index('path').macs
     within = truth[macs[truth.index] <= most]
     acc = truth[found['path']]
-    costs = {name: found[name] for name in ('path', 'macs', 'n_params', 'acc_super')}
-    return costs | dict(budget_macs=most, acc_alone=results['retrain']['acc_alone'], acc_table=float(acc),
-                        rank=_true_rank(truth, acc), of=len(truth), rank_in_budget=_true_rank(within, acc),
-                        of_in_budget=len(within), best_in_budget=float(within.max()))
+    about = {name: found[name] for name in ('path', 'macs', 'n_params', 'acc_super')}
+    about |= dict(budget_macs=most, acc_alone=results['retrain']['acc_alone'], acc_table=float(acc))
+    about |= dict(rank=_true_rank(truth, acc), of=len(truth))
+    return about | dict(rank_in_budget=_true_rank(within, acc), of_in_budget=len(within),
+                        best_in_budget=float(within.max()))
 
 # %% ../../nbs/cli/30_launch.ipynb #50114ef5
 def _demo_text(results:dict, folder:FilePath) -> str:
     found = results['search']
-    rows = [f'{name:13} tau {r["tau"]:6.3f}   95 % interval {r["low"]:6.3f} to {r["high"]:6.3f}   '
-            f'tau in the top 10 % {r["top_tau"]:6.3f}' for name,r in results['rank'].items()]
-    ranks = (f'true rank {found["rank_in_budget"]} of {found["of_in_budget"]} within the budget, '
-             f'{found["rank"]} of {found["of"]} in all')
-    rows += [f'found         {found["path"]}: {found["macs"]:,} MACs, alone {found["acc_alone"]:.3f} (test); {ranks}',
+    path = f'{found["path"]}: {found["macs"]:,} MACs, alone {found["acc_alone"]:.3f} (test)'
+    within = f'true rank {found["rank_in_budget"]} of {found["of_in_budget"]} within the budget'
+    rows = [f'{name:13} {_tau_text(ranked)}' for name,ranked in results['rank'].items()]
+    rows += [f'found         {path}; {within}, {found["rank"]} of {found["of"]} in all',
              f'report        {folder/"report.html"}']
     return '\n'.join(rows)
 
+def _tau_text(ranked:dict) -> str:
+    interval = f'95 % interval {ranked["low"]:6.3f} to {ranked["high"]:6.3f}'
+    return f'tau {ranked["tau"]:6.3f}   {interval}   tau in the top 10 % {ranked["top_tau"]:6.3f}'
+
 # %% ../../nbs/cli/30_launch.ipynb #271f1de0
-COMMANDS = {f.__name__: f for f in (train, rank, search, retrain, export, demo)} | dict(tables=tables)
+COMMANDS = dict(train=train, rank=rank, search=search, retrain=retrain, export=export, demo=demo,
+                tables=tables)
 
 def main(
     argv:list[str]|None=None, # a command's name and its arguments; None: the process's own
 ):
-    "Run a command by its name, for launchers that start a module; ends the process unless all is well."
+    "Run a command by its name, for launchers that start a module."
     argv = sys.argv[1:] if argv is None else argv
     name = argv[0] if argv else ''
     if name in COMMANDS: return COMMANDS[name](argv[1:])
@@ -311,10 +326,12 @@ def main(
         print('usage: python -m kshot.cli.launch COMMAND [options]\n')
         for command_name,f in COMMANDS.items(): print(f'{command_name:8} {f.__doc__}')
         return
-    print(f'kshot.cli.launch: command {name!r}, expected {either(tuple(COMMANDS))}', file=sys.stderr)
+    expected = either(tuple(COMMANDS))
+    print(f'kshot.cli.launch: command {name!r}, expected {expected}', file=sys.stderr)
     sys.exit(2)
 
 def _is_started() -> bool: # by `python -m`, not in a notebook
-    return __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 'kshot.cli.launch'
+    spec = globals().get('__spec__')
+    return __name__ == '__main__' and getattr(spec, 'name', '') == 'kshot.cli.launch'
 
 if _is_started(): main()

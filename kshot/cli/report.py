@@ -25,13 +25,15 @@ from ..tables import get_truth
 # %% ../../nbs/cli/20_report.ipynb #eba2e205
 Runs = Mapping[str, FilePath] # name -> folder of a run
 
-def _read(folder:FilePath, name:str) -> pd.DataFrame|None: # a Parquet file of a run, if it is there
+def _read(folder:FilePath, name:str) -> pd.DataFrame|None: # a Parquet file, if it is there
     fname = FilePath(folder)/f'{name}.parquet'
     return pd.read_parquet(fname) if fname.exists() else None
 
 # %% ../../nbs/cli/20_report.ipynb #ca890911
-_RANK_TEXT = ('Supernet accuracy (validation) against stand-alone accuracy ({truth}; mean of its seeds). '
-              'Intervals: 95 % bootstrap over paths. Regret, precision and search are of the n = 10 best scores.')
+_RANK_TEXT = ('Supernet accuracy (validation) against stand-alone accuracy '
+              '({truth}; mean of its seeds). '
+              'Intervals: 95 % bootstrap over paths. '
+              'Regret, precision and search are of the n = 10 best scores.')
 
 def _scores(runs:Runs) -> dict[str, pd.DataFrame]: # of the runs that were scored
     frames = {name: _read(folder, 'scores') for name,folder in runs.items()}
@@ -44,13 +46,17 @@ def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
     scores, truth, left_out = align_scores(scores, get_truth(**question))
     protocol = rank_scores(scores, truth)
     by_scorer = protocol.set_index('scorer')
-    all_scores = pd.concat([frame.assign(name=name) for name,frame in scores.items()], ignore_index=True)
-    text = _RANK_TEXT.format(truth=', '.join(f'{k} {v}' for k,v in question.items() if v is not None))
-    if left_out: text += f' {len(left_out):,} paths that a run or the table has no number for are left out.'
+    named = [frame.assign(name=name) for name,frame in scores.items()]
+    all_scores = pd.concat(named, ignore_index=True)
+    words = [f'{key} {value}' for key,value in question.items() if value is not None]
+    text = _RANK_TEXT.format(truth=', '.join(words))
+    if left_out:
+        text += f' {len(left_out):,} paths that a run or the table has no number for are left out.'
     taus = by_scorer[['tau', 'low', 'high']].to_dict('index')
     names = {f'{name}_loss': f'{label_of(name)}, by loss' for name in scores}
     scatter = figures.plot_rank(all_scores, taus=taus, by='name')
-    return [('Ranking', text, scatter, figures.plot_protocol(by_scorer, names), protocol.round(3)),
+    bars = figures.plot_protocol(by_scorer, names)
+    return [('Ranking', text, scatter, bars, protocol.round(3)),
             ('Accuracies', figures.plot_accuracy(all_scores, by='name'))]
 
 # %% ../../nbs/cli/20_report.ipynb #465f3f98
@@ -89,8 +95,9 @@ def _search_sections(folder:FilePath) -> list[tuple]:
     space = space_of(Config(**record['config']))
     score = 'supernet score (negative loss)'
     frame = frame.rename(columns={'score': score})
-    front = figures.plot_pareto(frame, score=score, budget=best['budgets'].get('macs'), best=best['path'])
-    drawing = figures.draw_path(space, space.parse(best['path']), title=f'Found: {best["path"]}')
+    most = best['budgets'].get('macs')
+    front = figures.plot_pareto(frame, score=score, budget=most, best=best['path'])
+    drawing = figures.draw_path(space, best['path'], title=f'Found: {best["path"]}')
     return [('Search', _search_text(best, record['results'].get('retrain')), front, drawing)]
 
 # %% ../../nbs/cli/20_report.ipynb #d2ede4b0
@@ -98,19 +105,24 @@ def make_report(
     fname:FilePath,          # html, replaced as a whole
     title:str,               # of the page
     runs:Runs,               # name -> folder of a run, all of one space
-    question:dict|None=None, # arguments of `get_truth`; None: what the first run was ranked against, if it was
+    question:dict|None=None, # arguments of `get_truth`; None: those of the first ranking
 ) -> FilePath:               # `fname`
     "Write the report of one run, or of several side by side."
     sections = _rank_sections(runs, question or _question_of(runs))
     for folder in runs.values(): sections += _search_sections(folder) + _codes_sections(folder)
-    log = []
-    for name,folder in runs.items(): log += [dict(row, name=name) for row in read_log(FilePath(folder)/'log.jsonl')]
-    if log:
-        text = 'Accuracy is the mean over up to 16 fixed paths on the validation split, with batch statistics.'
-        sections.append(('Training', text, figures.plot_training(log)))
+    sections += _training_sections(runs)
     configs = pd.DataFrame({name: read_run(folder)['config'] for name,folder in runs.items()})
     sections.append(('What was run', configs.astype(str).rename_axis('argument').reset_index()))
     return write_report(fname, title, sections)
+
+def _training_sections(runs:Runs) -> list[tuple]:
+    log = []
+    for name,folder in runs.items():
+        log += [dict(row, name=name) for row in read_log(FilePath(folder)/'log.jsonl')]
+    if not log: return []
+    text = ('Accuracy is the mean over up to 16 fixed paths on the validation split, '
+            'with batch statistics.')
+    return [('Training', text, figures.plot_training(log))]
 
 def _question_of(runs:Runs) -> dict|None: # what the first ranked run was ranked against
     truths = [read_run(folder)['results'].get('truth') for folder in runs.values()]

@@ -48,7 +48,8 @@ def _about(table:Table) -> tuple[dict, str]:
     timed = _devices(table.space)
     lines = [f'space {table.space}, from {table.source or "kshot"}', text_of(about)]
     if timed: lines.append(f'latency on {", ".join(timed)}')
-    record = dict(name=table.name, space=table.space, source=table.source, splits=records_of(about), devices=timed)
+    record = dict(name=table.name, space=table.space, source=table.source, splits=records_of(about),
+                  devices=timed)
     return record, '\n'.join(lines)
 
 @command(of='tables', n_places=1, alone=True, examples={

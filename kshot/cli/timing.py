@@ -16,7 +16,7 @@ def interleaved(
     steps:dict[str, Callable], # name -> `step(i)`, called with the round's number
     rounds:int,                # measured rounds; two more warm up
 ) -> dict[str, list[float]]:   # seconds of each round by name
-    "Time contestants in turn, in a random order every round, so that none always follows the hungriest."
+    "Time contestants in turn, in a new order every round: none always follows the hungriest."
     times = {name: [] for name in steps}
     rng = np.random.default_rng(0)
     for i in range(-2, rounds):

@@ -34,9 +34,11 @@ def needs(
     banks = K*sum(p.numel() for p in net.parameters())
     used = mean_mixed(net, paths)
     sent = used + K + 1
-    return dict(space=space, K=K, widths=' '.join(map(str, widths)), banks_mib=_mib(banks), momentum_mib=_mib(banks),
-                gradient_mib=_mib(K*used), mixed_mib=_mib(2*used), step_mb=_mb(sent), ddp_mb=_mb(banks),
-                ddp_over_merged_bytes=round(banks/sent, 1))
+    about = dict(space=space, K=K, widths=' '.join(map(str, widths)))
+    memory = dict(banks_mib=_mib(banks), momentum_mib=_mib(banks), gradient_mib=_mib(K*used),
+                  mixed_mib=_mib(2*used))
+    traffic = dict(step_mb=_mb(sent), ddp_mb=_mb(banks), ddp_over_merged_bytes=round(banks/sent, 1))
+    return about | memory | traffic
 
 def mean_mixed(
     net:nn.Module,    # plain network
@@ -44,10 +46,10 @@ def mean_mixed(
 ) -> float:           # parameters; all channels of an op are mixed, whatever its width
     "Return how many parameters a step mixes: those of the ops on a path."
     supernet = Supernet(net, 1)
-    size = {key: sum(slot.size for slot in slots) for key,slots in supernet.slots.items()}
-    mixed = []
-    for path in paths: mixed.append(sum(size[key] for _,key in supernet.bank_keys(path)))
-    return float(np.mean(mixed))
+    size = {}
+    for key,slots in supernet.slots.items(): size[key] = sum(slot.size for slot in slots)
+    def mixed(path): return sum(size[key] for _,key in supernet.bank_keys(path))
+    return float(np.mean([mixed(path) for path in paths]))
 
 # %% ../../nbs/cli/50_traffic.ipynb #e6b0a586
 def _n_bytes(t:Tensor) -> int: return t.numel()*t.element_size()
@@ -90,11 +92,12 @@ def bench_comm(
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_count_both, (folder, space, K, channels, px, n), nprocs=2)
         merged, ddp, mixed = json.loads(FilePath(folder, 'bytes.json').read_text())
-    return dict(space=space, K=K, channels=channels, n_paths=n, merged_bytes=merged, mixed_bytes=mixed, ddp_bytes=ddp,
-                ddp_over_merged_bytes=round(ddp/merged, 1))
+    return dict(space=space, K=K, channels=channels, n_paths=n, merged_bytes=merged,
+                mixed_bytes=mixed, ddp_bytes=ddp, ddp_over_merged_bytes=round(ddp/merged, 1))
 
 def _count_both(rank:int, folder:str, space:str, K:int, channels:int, px:int, n:int):
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    meet = f'file://{folder}/meet'
+    dist.init_process_group('gloo', init_method=meet, rank=rank, world_size=2)
     torch.manual_seed(0)
     supernet = Supernet(get_net(space, channels), K)
     code = torch.full((K,), 1/K)

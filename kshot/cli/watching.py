@@ -55,7 +55,8 @@ class _Pair:
     def _train(self, i:int, kind:str, *cbs):
         learn = self.learners.pop(0)
         start = time.process_time()
-        with learn.no_bar(), learn.no_logging(): learn.fit(self.config.epochs, cbs=[cosine(self.config.lr), *cbs])
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(self.config.epochs, cbs=[cosine(self.config.lr), *cbs])
         if i >= 0: self.cpu[kind].append(time.process_time() - start)
 
     def plain(self, i:int): self._train(i, 'plain')
@@ -85,7 +86,7 @@ def bench_live(
     about = dict(K=K, updates=3*config.passes*8, rounds=rounds, threads=torch.get_num_threads())
     return about | _costs(pair, times) | dict(interaction_ms=_touch(controls, touches))
 
-def _median(values, digits:int=1) -> float: return round(statistics.median(values), digits)
+def _median(values, digits:int=1) -> float: return round(float(statistics.median(values)), digits)
 
 def _quartiles(plain:list[float], live:list[float]) -> list[float]: # of the ratio
     ratios = [b/a for a,b in zip(plain, live, strict=True)]
@@ -95,16 +96,19 @@ def _training_seconds(live:_Timed) -> float: # without the view
     return live.log[-1]['seconds'] - live.seconds['steps'] - live.seconds['work']
 
 def _costs(pair:_Pair, times:dict) -> dict:
-    lives = pair.lives
-    works = [live.seconds['work']/_training_seconds(live) for live in lives]
-    alls = [sum(live.seconds.values())/_training_seconds(live) for live in lives]
-    account = {part: _median(1e3*live.seconds[part] for live in lives) for part in lives[0].seconds}
-    kinds = list(lives[0].budget.n)
-    return dict(plain_seconds=_median(times['plain']), time_over_plain=_quartiles(times['plain'], times['live']),
+    training = [_training_seconds(live) for live in pair.lives]
+    accounts = pd.DataFrame([live.seconds for live in pair.lives])
+    n = pd.DataFrame([live.budget.n for live in pair.lives])
+    prices = pd.DataFrame([live.budget.price for live in pair.lives])[list(n)]
+    return dict(plain_seconds=_median(times['plain']),
+                time_over_plain=_quartiles(times['plain'], times['live']),
                 cpu_over_plain=_quartiles(pair.cpu['plain'], pair.cpu['live']),
-                share_of_work=_median(works, 4), share_of_all=_median(alls, 4), account_ms=account,
-                n={kind: _median(live.budget.n[kind] for live in lives) for kind in kinds},
-                ms={kind: _median(1e3*live.budget.price[kind] for live in lives) for kind in kinds})
+                share_of_work=_median(accounts.work/training, 4),
+                share_of_all=_median(accounts.sum(axis=1)/training, 4),
+                account_ms=_medians(1e3*accounts), n=_medians(n), ms=_medians(1e3*prices))
+
+def _medians(frame:pd.DataFrame) -> dict[str, float]: # of the columns
+    return {name: _median(frame[name]) for name in frame}
 
 # %% ../../nbs/cli/55_watching.ipynb #30a5fbeb
 def _live_controls(training:LiveCallback, n:int=200) -> dict[str, Callable]:
@@ -133,7 +137,8 @@ def _explorer_controls(space:Space) -> dict[str, Callable]:
     codes = CodeExplorer(space, SimplexNet(space, 4), scores[['path', 'acc_super']])
     accuracy = AccuracyExplorer(scores, space)
     truth = {seed: scores.acc_alone + .01*rng.normal(size=len(scores)) for seed in range(3)}
-    ranking = RankDashboard(scores.drop(columns='acc_alone'), pd.DataFrame(truth).set_axis(scores.path), n_boot=0)
+    truth = pd.DataFrame(truth).set_axis(scores.path)
+    ranking = RankDashboard(scores.drop(columns='acc_alone'), truth, n_boot=0)
     for view in (codes, accuracy, ranking): view.window.width = 900
     def op(i):
         menu = codes.ops[i%len(codes.ops)]
@@ -144,4 +149,5 @@ def _explorer_controls(space:Space) -> dict[str, Callable]:
 
 def _touch(controls:dict, rounds:int) -> dict[str, list]: # milliseconds: median, largest
     times = interleaved(controls, rounds)
-    return {name: [_median(1e3*s for s in seconds), round(1e3*max(seconds), 1)] for name,seconds in times.items()}
+    frame = 1e3*pd.DataFrame(times)
+    return {name: [_median(frame[name]), round(float(frame[name].max()), 1)] for name in frame}
