@@ -205,6 +205,14 @@ def _about_subnet(config:Config, result:dict, path:Path, dls) -> dict: # what `s
     about = dict(space=about.pop('name'), **about, native=space.native(path))
     return about | dict(x_shape=dls.train.x_shape) | result | dict(path=path)
 
+# %% ../nbs/88_jobs.ipynb #ac3191ef
+def _half_precision(config:Config, dls) -> list: # callbacks
+    is_wanted = config.bf16 and dls.device.type == 'cuda'
+    return [MixedPrecision(amp_mode=AMPMode.BF16)] if is_wanted else []
+
+def _accuracies(module:nn.Module, dls) -> list[float]: # on the validation and the test split
+    return [accuracy_loss(module, loader, is_sharded=True)[0] for loader in list(dls)[1:]]
+
 # %% ../nbs/88_jobs.ipynb #6d11e10b
 def retrain_run(
     folder:FilePath,     # of a run
@@ -247,13 +255,6 @@ def retrain_run(
             add_result(folder, 'retrain', result, started)
         agree('done', 'the end')()
     return result
-
-def _half_precision(config:Config, dls) -> list: # callbacks
-    is_wanted = config.bf16 and dls.device.type == 'cuda'
-    return [MixedPrecision(amp_mode=AMPMode.BF16)] if is_wanted else []
-
-def _accuracies(module:nn.Module, dls) -> list[float]: # on the validation and the test split
-    return [accuracy_loss(module, loader, is_sharded=True)[0] for loader in list(dls)[1:]]
 
 # %% ../nbs/88_jobs.ipynb #7c064e0e
 def export_run(
