@@ -16,22 +16,30 @@ from .space import Path, Space
 
 # %% ../nbs/30_simplex.ipynb #77c9a0ce
 class SimplexNet(nn.Module):
-    "Perceptron from one-hot paths to simplex codes."
+    "Map one-hot paths to simplex codes by a perceptron."
     def __init__(self,
         space:Space,       # of the paths
         K:int,             # length of a code
         hidden:int=64,     # width of the hidden layer
-        spread:float=1.,   # scale of the logits at the start
+        spread:float=1.,   # standard deviation of the logits at the start
         per_block:bool=False, # one code a block instead of one a path?
     ):
         super().__init__()
-        self.space, self.K, self.L = space, K, len(space.blocks) if per_block else None
-        self.net = nn.Sequential(nn.Linear(sum(space.sizes), hidden), nn.ReLU(), nn.Linear(hidden, K*(self.L or 1)))
-        with torch.no_grad(): # over 256 paths, logits get mean 0 and standard deviation `spread`
-            logits, last = self.net(self._onehot(space.sample(np.random.default_rng(0), 256))), self.net[2]
-            scale = spread/logits.std(0).clamp_min(1e-3) # a space of one path has no deviation
-            last.bias.sub_(logits.mean(0)).mul_(scale)
-            last.weight.mul_(scale[:,None])
+        self.space = space
+        self.K = K
+        self.L = len(space.blocks) if per_block else None
+        n_in, n_out = sum(space.sizes), K*(self.L or 1)
+        self.net = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
+        self._standardise(spread)
+
+    @torch.no_grad()
+    def _standardise(self, spread:float): # over 256 paths, logits get mean 0 and deviation `spread`
+        paths = self.space.sample(np.random.default_rng(0), 256)
+        logits = self.net(self._onehot(paths))
+        scale = spread/logits.std(0).clamp_min(1e-3) # a space of one path has no deviation
+        last = self.net[2]
+        last.bias.sub_(logits.mean(0)).mul_(scale)
+        last.weight.mul_(scale[:,None])
 
     def _onehot(self, paths:Iterable[Path]) -> Tensor: # (N, sum of sizes)
         return torch.from_numpy(self.space.onehot(paths)).to(self.net[0].weight)
@@ -39,93 +47,115 @@ class SimplexNet(nn.Module):
     def forward(self,
         paths:list[Path], # N paths
     ) -> Tensor:          # `(N, K)`, or `(N, L, K)` with one code a block
-        "Simplex codes of paths."
+        "Return the simplex codes of paths."
         logits = self.net(self._onehot(paths))
-        return (logits if self.L is None else logits.view(len(logits), self.L, self.K)).softmax(-1)
+        if self.L is not None: logits = logits.view(len(logits), self.L, self.K)
+        return logits.softmax(-1)
 
 # %% ../nbs/30_simplex.ipynb #567405f2
 class UniformCode(nn.Module):
-    "The centre of the simplex for every path."
+    "Return the centre of the simplex for every path."
     def __init__(self,
         K:int, # length of a code
     ):
         super().__init__()
         self.K = K
         self.register_buffer('centre', torch.full((K,), 1/K), persistent=False)
+
     def forward(self, paths:list[Path]) -> Tensor: return self.centre.expand(len(paths), -1)
 
 class VertexCode(nn.Module):
-    "Few-shot NAS: op `o` of one block reads supernet `o mod K` alone."
+    "Let a path read supernet `o mod K` alone, with `o` its op at one block: few-shot NAS."
     def __init__(self,
         K:int,     # length of a code
         block:int, # index of the block that splits the space
     ):
         super().__init__()
-        self.K, self.block = K, block
+        self.K = K
+        self.block = block
         self.register_buffer('vertices', torch.eye(K), persistent=False)
-    def supernet_of(self, path:Path) -> int: return path[self.block] % self.K # the supernet that has this path
-    def forward(self, paths:list[Path]) -> Tensor: return self.vertices[[self.supernet_of(p) for p in paths]]
 
+    def supernet_of(self, path:Path) -> int: return path[self.block] % self.K
+
+    def forward(self, paths:list[Path]) -> Tensor:
+        ids = [self.supernet_of(path) for path in paths]
+        return self.vertices[ids]
+
+# %% ../nbs/30_simplex.ipynb #6cc2b2b5
 class FreeCode(nn.Module):
-    "A code of its own for every path, uniform at the start."
+    "Learn a code of its own for every path, uniform at the start."
     def __init__(self,
         space:Space, # small enough for a row a path
         K:int,       # length of a code
     ):
         super().__init__()
-        self.space, self.K = space, K
+        self.space = space
+        self.K = K
         self.logits = nn.Parameter(torch.zeros(math.prod(space.sizes), K))
-    def forward(self, paths:list[Path]) -> Tensor: return self.logits[[self.space.index(p) for p in paths]].softmax(-1)
+
+    def forward(self, paths:list[Path]) -> Tensor:
+        ids = [self.space.index(path) for path in paths]
+        return self.logits[ids].softmax(-1)
 
 # %% ../nbs/30_simplex.ipynb #9ec66e00
 def discrimination(
     codes:Tensor,   # `(N, K)`, or `(..., N, K)`: the mean over groups of N
     tau:float=.3,   # temperature
 ) -> Tensor:        # scalar
-    "Cross-entropy of telling each code from the others by its scalar products."
-    return -(codes @ codes.mT/tau).log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+    "Return the cross-entropy of telling each code from the others by its scalar products."
+    similarity = codes @ codes.mT # (..., N, N)
+    return -(similarity/tau).log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
 # %% ../nbs/30_simplex.ipynb #802b7fce
 def width_settings(
     space:Space, # with widths
     path:Path,   # of the space
 ) -> list[Path]: # M of them, the path itself first
-    "A path with all its widths shifted by 0, 1, ..., M-1; `ValueError` for a space without widths, or with unequal numbers of them."
-    counts = sorted({len(b.choices) for b in space.blocks if b.kind == 'width'})
-    if len(counts) != 1: raise ValueError(f'space {space.name!r} with {counts or "no"} widths, expected as many in all its width blocks')
+    "Shift all widths of a path by 0, 1, ..., M-1; `ValueError` unless width blocks have M widths."
+    counts = sorted({len(block.choices) for block in space.blocks if block.kind == 'width'})
+    if len(counts) != 1:
+        raise ValueError(f'space {space.name!r} with {counts or "no"} widths, '
+                         'expected as many in all its width blocks')
     M, = counts
-    return [tuple((o+m)%M if b.kind == 'width' else o for b,o in zip(space.blocks, path)) for m in range(M)]
+    is_width = [block.kind == 'width' for block in space.blocks]
+    def shift(m): return tuple((o+m)%M if w else o for o,w in zip(path, is_width))
+    return [shift(m) for m in range(M)]
 
 def width_discrimination(
-    codes:Callable[[list[Path]], Tensor], # paths -> `(N, K)`, or `(N, L, K)` with one code a block: a mean over blocks, too
+    codes:Callable[[list[Path]], Tensor], # paths -> `(N, K)`, or `(N, L, K)`: then the mean over blocks
     space:Space,       # with widths
     paths:list[Path],  # N paths
     tau:float=.3,      # temperature, as in the paper
 ) -> Tensor:           # scalar, log M at the centre
-    "Mean over paths of how hard the codes of a path's width settings are to tell apart; `ValueError` as in `width_settings`."
-    settings = [width_settings(space, p) for p in paths]
-    c = codes([p for some in settings for p in some])
-    groups = c.view(len(settings), len(settings[0]), -1, c.shape[-1]).transpose(1, 2) # (N, L or 1, M, K)
-    return discrimination(groups, tau)
+    "Score how hard a path's width settings are to tell apart; `ValueError` as in `width_settings`."
+    settings = []
+    for path in paths: settings += width_settings(space, path)
+    of_settings = codes(settings)             # (N*M, K) or (N*M, L, K)
+    M, K = len(settings)//len(paths), of_settings.shape[-1]
+    groups = of_settings.view(len(paths), M, -1, K) # (N, M, L or 1, K)
+    return discrimination(groups.transpose(1, 2), tau)
 
 # %% ../nbs/30_simplex.ipynb #8b95d88e
 def entropy(
     codes:Tensor, # `(..., K)`
 ) -> Tensor:      # `(...)` in nats, 0 at a vertex, log K at the centre
-    "Shannon entropy of codes."
+    "Return the Shannon entropy of codes."
     return torch.special.entr(codes).sum(-1)
 
 def mutual_information(
     codes:Tensor, # `(N, K)`
 ) -> Tensor:      # scalar in nats: 0 when all codes are equal, log K at best
-    "How much a draw from its code says about a path."
+    "Return how much a draw from its code says about a path."
     return entropy(codes.mean(0)) - entropy(codes).mean()
 
 # %% ../nbs/30_simplex.ipynb #55735240
 def code_stats(
     codes:Tensor, # `(N, K)` or `(N, L, K)`
-) -> dict[str, float]:
-    "Mean entropy of a code over log K, entropy of the mean code over log K, standard deviation over paths, mean squared length."
-    c, logK = codes.detach(), np.log(max(codes.shape[-1], 2))
-    return dict(entropy=float(entropy(c).mean()/logK), use=float(entropy(c.mean(0)).mean()/logK),
-                spread=float(c.std(0, correction=0).mean()), length2=float(c.square().sum(-1).mean()))
+) -> dict[str, float]: # entropies of a code and of the mean code over log K, deviation, squared length
+    "Summarise codes in four means."
+    codes = codes.detach()
+    log_K = np.log(max(codes.shape[-1], 2))
+    return dict(entropy=float(entropy(codes).mean()/log_K),
+                use=float(entropy(codes.mean(0)).mean()/log_K),
+                spread=float(codes.std(0, correction=0).mean()),
+                length2=float(codes.square().sum(-1).mean()))
