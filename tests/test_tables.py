@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import processes, pytest
 import torch
-from kshot.datasets.importers import masked_crc32c
+from kshot.datasets.tfrecord import masked_crc32c
 from kshot.cli.launch import tables
 from kshot.benchmark import get_space, read_source
 from kshot.baselines import baselines
