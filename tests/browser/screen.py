@@ -140,26 +140,31 @@ class Notebook:
         self.page.wait_for_timeout(800) # plotly draws in several strokes
         self.page.screenshot(path=SHOTS/f'{self.name}_{name}.png')
 
-def hold_subshell(
-    socket,    # between page and server
-    held:list, # gets `(socket, message)` of the answers to JupyterLab's request for a subshell, in its place
-):
-    "Let everything through but these answers."
-    def pass_on(message):
-        text = message if isinstance(message, bytes) else message.encode()
-        if b'create_subshell_reply' in text: held.append((socket, message))
-        else: socket.send(message)
-    server = socket.connect_to_server()
-    server.on_message(pass_on)
+class SubshellGate:
+    "Between page and server: answers to JupyterLab's requests for a subshell wait until it opens."
+    def __init__(self):
+        self.is_open = False
+        self.held = [] # (socket, answer)
+
+    def connect(self, socket):
+        def pass_on(message):
+            text = message if isinstance(message, bytes) else message.encode()
+            if self.is_open or b'create_subshell_reply' not in text: socket.send(message)
+            else: self.held.append((socket, message))
+        server = socket.connect_to_server()
+        server.on_message(pass_on)
+
+    def open(self):
+        self.is_open = True
+        for socket,answer in self.held: socket.send(answer)
 
 @pytest.fixture
 def notebook(lab, chromium):
     "A function that opens a notebook, whose page must report no error and ask no other machine"
     opened = []
-    def open_notebook(fname, width=1200, height=1000, held=None): # held: see `hold_subshell`
+    def open_notebook(fname, width=1200, height=1000, gate:SubshellGate|None=None):
         page = chromium.new_page(viewport=dict(width=width, height=height))
-        if held is not None:
-            page.route_web_socket(re.compile('/api/kernels/'), lambda socket: hold_subshell(socket, held))
+        if gate: page.route_web_socket(re.compile('/api/kernels/'), gate.connect)
         nb = Notebook(page, Path(fname).stem)
         opened.append(nb)
         page.goto(f'{lab.url}/doc/tree/{fname}?reset', timeout=90_000)

@@ -2,7 +2,7 @@
 import re, shutil
 from pathlib import Path
 
-from screen import Notebook, chromium, lab, notebook, write_notebook # fixtures too
+from screen import Notebook, SubshellGate, chromium, lab, notebook, write_notebook # fixtures too
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -69,6 +69,7 @@ def test_restarted_kernel_is_reported(lab, notebook):
     nb.shot('notice')
 
 TRAINING = '''
+from kshot.benchmark import get_space
 from kshot.data import digits_data
 from kshot.lab.live import LiveCallback
 from kshot.networks import digits_net
@@ -110,13 +111,13 @@ print(f'{len(widths)} heard while busy')
 def test_a_page_that_reports_too_early(lab, notebook):
     "A report sent before there is a subshell waits for the end of the cell; the page repeats it."
     write_notebook(lab.root/'early.ipynb', WINDOW, BUSY)
-    held = []
-    nb = notebook('early.ipynb', held=held)
+    gate = SubshellGate()
+    nb = notebook('early.ipynb', gate=gate)
     nb.run_all()
     nb.wait('.jp-Cell:nth-of-type(2) .jp-InputPrompt:text("[*]:")')
     nb.page.wait_for_timeout(1500)
-    assert held
-    for socket,answer in held: socket.send(answer)
+    assert gate.held
+    gate.open()
     nb.wait('text=1 heard while busy', 30)
 
 # whether the buttons of a figure `g` lie over its title
