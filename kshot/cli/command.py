@@ -91,11 +91,13 @@ def read_value(
 def _help(option:Option, kind:type) -> str: # comment and default
     comment = option.comment
     default = option.default
-    if default is None and 'None:' not in comment: default = "the benchmark's"
-    if default is None: return comment
+    if default is None and 'None:' in comment: return comment.replace('None:', 'by default') # as in Python
+    if default is None: default = "the benchmark's"
     if default is Parameter.empty or str(default) in ('', '.'): return comment
     if kind is bool: default = 'yes' if default else 'no'
     return f'{comment} (default: {default})'
+
+_LONG = 50 # characters of choices: more of them are listed in the help, not beside the option
 
 def add_option(
     parser,        # or a group of one
@@ -104,11 +106,14 @@ def add_option(
 ):
     "Add an option to a parser."
     kind, choices = kind_of(option.annotation)
+    shown = _PLACEHOLDERS.get(kind)
+    if choices: shown = '{' + ','.join(filter(None, map(str, choices))) + '}'
+    if choices and (has_place or len(shown) > _LONG):
+        option = option._replace(comment=f'{option.comment}: {either(choices)}')
+        shown = 'NAME'
     settings = dict(help=_help(option, kind))
     if kind is not bool: settings['type'] = partial(read_value, kind, choices)
     if option.default is not Parameter.empty: settings['default'] = option.default
-    shown = _PLACEHOLDERS.get(kind)
-    if choices: shown = '{' + ','.join(filter(None, map(str, choices))) + '}'
     if option.default is Parameter.empty: parser.add_argument(option.name, **settings)
     elif has_place: parser.add_argument(option.name, nargs='?', **settings)
     elif kind is bool:
