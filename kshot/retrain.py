@@ -26,8 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .base.distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
 from .checkpoint import (broken_images, check_run, check_tensors, checkpoints, is_at_chance,
-                              load_newest, load_optimizer_state, optimizer_state, part_of, plain_errors,
-                              save_newest, stop_training, tidy)
+                              load_newest, load_optimizer_state, optimizer_state, part_of,
+                              plain_errors, save_newest, stop_training, tidy)
 from .train import SkipValidation, by_decay, device_of, sgd, torch_optimizer
 
 # %% ../nbs/66_retrain.ipynb #2cf4d8f6
@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
     lr_start:float     # learning rate of the first step
     wd:float           # weight decay of tensors with more than one dimension
     lr_end:float=0.    # where the cosine ends, if there is no `decay`
-    decay:float=0.     # factor on the learning rate every `decay_epochs`; 0: it falls along a cosine
+    decay:float=0.     # factor on the learning rate every `decay_epochs`; 0: a cosine instead
     decay_epochs:float=0. # epochs between two decays
     dropout:float=0.   # before the classifier
     smoothing:float=0. # of labels
@@ -50,7 +50,8 @@ class Recipe(NamedTuple):
 
 RETRAIN_RECIPES = dict(
     strong=Recipe('rmsprop', bs=768, epochs=450, lr=.048, warmup=3, lr_start=1e-6, wd=1e-5,
-                  decay=.97, decay_epochs=2.4, dropout=.2, smoothing=.1, ema=.9999, augment='strong'),
+                  decay=.97, decay_epochs=2.4, dropout=.2, smoothing=.1, ema=.9999,
+                  augment='strong'),
     mild=Recipe('sgd', bs=512, epochs=300, lr=.1, warmup=5, lr_start=1e-6, wd=5e-5, lr_end=1e-5),
     quick=Recipe('sgd', bs=0, epochs=20, lr=.1, warmup=3, lr_start=.1/25, wd=5e-4))
 
@@ -58,7 +59,7 @@ RETRAIN_RECIPES = dict(
 RecipeName = Literal['strong', 'mild', 'quick']
 
 def get_recipe(
-    name:RecipeName,
+    name:RecipeName, # mild for plain networks, strong with squeeze-and-excitation, quick for small ones
     epochs:int=0, # another number of them; 0: the recipe's
     lr:float=0.,  # another largest learning rate; 0: the recipe's, scaled with the batch
     bs:int=0,     # another batch size; 0: the recipe's
@@ -146,7 +147,7 @@ def set_dropout(
     for layer in layers: layer.p = rate
 
 class RecipeCallback(Callback):
-    "Follow a recipe: learning rate, dropout, average of weights; gradients are those of all processes."
+    "Follow a recipe: learning rate, dropout, gradients of all processes, average of weights."
     order = 12 # behind mixed precision, which scales gradients
 
     def __init__(self,
@@ -267,7 +268,7 @@ def _retrain_identity(learn:Learner) -> dict: # what must agree between a checkp
     return dict(format=1, **settings, subnet=f'{zlib.crc32(calls.encode()):08x}')
 
 @patch
-def _tensors(self:RetrainCallback) -> tuple[dict, dict]: # name -> tensor, of modules and of the rest
+def _tensors(self:RetrainCallback) -> tuple[dict, dict]: # by name: of modules, of the rest
     average, modules = self.learn.recipe.average, {}
     for name,t in self.learn.model.state_dict().items(): modules[f'weights/{name}'] = t
     if average:
@@ -297,7 +298,7 @@ def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
 # %% ../nbs/66_retrain.ipynb #2b905475
 class Retrained(NamedTuple):
     "What `retrain` returns."
-    log:list[dict]      # per epoch: epoch, lr, loss, acc_valid, loss_valid and, with an average, acc_ema, loss_ema
+    log:list[dict]      # a row per epoch: epoch, lr, loss, acc_valid, loss_valid; acc_ema, loss_ema
     ema:nn.Module|None  # averaged module in evaluation mode; None: the recipe has none
 
 def retrain(

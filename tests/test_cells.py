@@ -10,11 +10,13 @@ from kshot.nets.cells import DartsNet, NB101Net
 from kshot.nets.sharing import Copy, own_norms
 
 OPS = 'input', 'conv3x3-bn-relu', 'conv1x1-bn-relu', 'output'
-HALVES = nb101_path([[0,1,1,1],[0,0,1,1],[0,0,0,1],[0]*4], OPS) # two vertices share the channels of the cell
+# two vertices share the channels of the cell
+HALVES = nb101_path([[0,1,1,1],[0,0,1,1],[0,0,0,1],[0]*4], OPS)
 
 def is_bn(module): return isinstance(module, nn.BatchNorm2d)
 
-def params_of(net, names): return {p for name in names for p in net.get_submodule(name).parameters()}
+def params_of(net, names):
+    return set().union(*(net.get_submodule(name).parameters() for name in names))
 
 def with_own_norms(op, l, use): return own_norms(op)
 

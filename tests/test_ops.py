@@ -13,14 +13,15 @@ from kshot.spaces import DARTS_OPS, NB201_OPS
 SLICED = {'mb3_k3': mbconv(3, 3), 'mb6_k5_hs_se': mbconv(6, 5, act=nn.Hardswish, has_se=True),
           'shuffle_k7': shuffle(7), 'xception': shuffle(0)}
 CHAINS = 'digits', 'macro', 'mobilenet', 'mobilenet_se', 'shufflenet'
-CHAIN_OPS = {op_name for space in CHAINS for block in get_space(space).blocks for op_name in block.choices}
+CHAIN_BLOCKS = [block for space in CHAINS for block in get_space(space).blocks]
+CHAIN_OPS = {op_name for block in CHAIN_BLOCKS for op_name in block.choices}
 SHUFFLE_OPS = get_space('shufflenet').blocks[0].choices
 SHAPES = (8, 1), (8, 2), (12, 2) # output channels, stride
 
 def is_possible(op_name, c_out, stride):
-    "Return whether an op takes 8 channels to `c_out`: ops of cells keep them, shuffle blocks with stride 2 add some."
-    if op_name in SHUFFLE_OPS: return (c_out, stride) != (8, 2)
-    return c_out == 8 or op_name in CHAIN_OPS
+    "Return whether an op can lead from 8 channels to `c_out`."
+    if op_name in SHUFFLE_OPS: return (c_out, stride) != (8, 2) # with stride 2 they add some
+    return c_out == 8 or op_name in CHAIN_OPS # ops of cells keep the channels
 
 def test_every_op_belongs_to_a_space():
     assert CHAIN_OPS | {*NB201_OPS, *DARTS_OPS} == set(OPS)
@@ -37,7 +38,7 @@ def test_an_op_with_a_middle_can_be_sliced(op_name):
     assert hasattr(make_op(op_name, 8, 8, 1, is_sliced=True), 'at') == (op_name in MIDDLE_OPS)
 
 def gradients(module, x, *width):
-    "Return the output of a module, and the gradient of its input; its own gradients are those of this call."
+    "Return the output of a module and the gradient of its input; leave its own in place."
     module.zero_grad()
     x = x.clone().requires_grad_()
     out = module(x, *width)
@@ -45,7 +46,7 @@ def gradients(module, x, *width):
     return out, x.grad
 
 def check_like_plain(op, x, width):
-    "Compare outputs, gradients and statistics of a sliced op with those of its plain module, in training and evaluation."
+    "Compare outputs, gradients and statistics of a sliced op with those of its plain module."
     plain = copy.deepcopy(op.at(width))
     full = dict(op.named_parameters())
     before = {name: t.clone() for name,t in op.named_buffers()}

@@ -1,4 +1,4 @@
-"A retraining that is interrupted, whose checkpoint is damaged or another run's, or whose loss is not finite"
+"Retrainings that are interrupted, resumed from bad checkpoints, or end in a loss that is not finite"
 import json
 import math
 
@@ -16,8 +16,8 @@ STRONG, QUICK = get_recipe('strong', epochs=4, bs=100), get_recipe('quick', epoc
 
 def small_net(seed=0, channels=4):
     torch.manual_seed(seed)
-    layers = nn.Conv2d(1, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.), nn.Linear(4*channels, 10))
+    return nn.Sequential(nn.Conv2d(1, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.), nn.Linear(4*channels, 10))
 
 def run(module, folder=None, recipe=STRONG, **kwargs):
     return retrain(module, digits_data(seed=1), recipe, folder, **kwargs)
@@ -63,9 +63,11 @@ def test_the_average_is_of_every_step(undisturbed):
     net, log, ema, seen = undisturbed
     assert len(seen) == 4*8
     mean = seen[0]
-    for step,weight in enumerate(seen[1:], 1): mean = mean + (weight-mean)*9/(10+step) # 1 - (1+step)/(10+step)
+    for step,weight in enumerate(seen[1:], 1):
+        mean = mean + (weight-mean)*9/(10+step) # 1 - (1+step)/(10+step)
     torch.testing.assert_close(ema[0].weight.double(), mean, atol=1e-6, rtol=0)
-    assert not torch.equal(ema[0].weight, net[0].weight) and log[-1]['loss_ema'] != log[-1]['loss_valid']
+    assert not torch.equal(ema[0].weight, net[0].weight)
+    assert log[-1]['loss_ema'] != log[-1]['loss_valid']
 
 def test_resumed_to_the_bit(interrupted, undisturbed):
     whole, log, ema, _ = undisturbed
@@ -98,7 +100,8 @@ def test_another_run_is_refused(interrupted, kwargs, error):
 
 def test_another_network_is_refused(interrupted):
     error = r"\(4, 1, 3, 3\) for tensor 'weights/0.weight', expected \(5, 1, 3, 3\)"
-    with pytest.raises(ValueError, match=error): run(small_net(channels=5), interrupted, resume=True)
+    with pytest.raises(ValueError, match=error):
+        run(small_net(channels=5), interrupted, resume=True)
 
 def test_another_subnet_is_refused_though_all_shapes_agree(tmp_path):
     net, recipe = digits_net(channels=4), get_recipe('mild', epochs=1, bs=100)
@@ -114,13 +117,15 @@ def test_dropout_depends_on_the_seed(undisturbed):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     kept = 'expected a finite number; the checkpoint of epoch 1 is kept'
-    cases = [(3, math.nan, f'epoch 2, batch 4: loss nan, {kept}'), (3, math.inf, f'epoch 2, batch 4: loss inf, {kept}'),
-             (7, 1e38, r'epoch 2, validation \(valid\)')] # the last batch of an epoch spoils the weights
+    cases = [(3, math.nan, f'epoch 2, batch 4: loss nan, {kept}'),
+             (3, math.inf, f'epoch 2, batch 4: loss inf, {kept}'),
+             (7, 1e38, r'epoch 2, validation \(valid\)')] # the last batch spoils the weights
     for batch,factor,error in cases:
         with pytest.raises(TrainingStopped, match=f'training stopped in {error}'):
             run(small_net(), tmp_path, QUICK, resume=True, cbs=[SpoilLoss(1, batch, factor)])
     assert run(small_net(), tmp_path, QUICK, resume=True).log == run(small_net(), recipe=QUICK).log
 
 def test_a_loss_that_is_not_finite_at_once():
-    error = 'training stopped in epoch 1, batch 1: loss nan, expected a finite number; there is no checkpoint yet'
-    with pytest.raises(TrainingStopped, match=error): run(small_net(), recipe=QUICK, cbs=[SpoilLoss(0, 0, math.nan)])
+    error = 'stopped in epoch 1, batch 1: loss nan, expected a finite number; there is no checkpoint yet'
+    with pytest.raises(TrainingStopped, match=error):
+        run(small_net(), recipe=QUICK, cbs=[SpoilLoss(0, 0, math.nan)])
