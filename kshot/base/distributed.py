@@ -51,7 +51,7 @@ def _n_asked(argv:list[str]) -> int|None:
 def distributed(
     timeout:float=600, # seconds to wait for the others, at the start and in every exchange
 ) -> Iterator[World]:  # `World(0, 1)` where nobody launched several processes
-    "Join the launcher's processes; raise `ConnectionError` if one is lost or missing, `ValueError` for too few."
+    "Join the launcher's processes; raise `ConnectionError` if one is lost, `ValueError` for too few."
     if dist.is_initialized():
         with _short_errors(): yield world()
         return
@@ -68,28 +68,33 @@ def _check_number(size:int, n_asked:int|None):
     "Raise `ValueError` if the launcher started fewer processes than it was asked for."
     n_here = int(os.environ.get('LOCAL_WORLD_SIZE') or size)
     if n_asked in (None, n_here): return
-    raise ValueError(f'{n_here} process{"es"*(n_here > 1)} started, expected {n_asked} as asked of the launcher: '
-                     'accelerate launch starts several without GPUs by --multi_gpu and ACCELERATE_USE_CPU=true')
+    number = f'{n_here} process{"es"*(n_here > 1)} started, expected {n_asked} as asked of the launcher'
+    raise ValueError(f'{number}: accelerate launch starts several without GPUs '
+                     'by --multi_gpu and ACCELERATE_USE_CPU=true')
 
 # %% ../../nbs/base/20_distributed.ipynb #a6f1359c
 def _start(size:int, timeout:float):
     address = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     has_gpu = torch.cuda.is_available()
     if has_gpu: torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    try: dist.init_process_group('cpu:gloo,cuda:nccl' if has_gpu else 'gloo', timeout=timedelta(seconds=timeout))
+    backend = 'cpu:gloo,cuda:nccl' if has_gpu else 'gloo'
+    try: dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as e:
         if 'EADDRINUSE' in str(e) or 'address already in use' in str(e).lower():
-            raise ConnectionError(f'port {address} is in use, expected a free one: --master_port of torchrun, '
-                                  '--main_process_port of accelerate launch') from e
+            raise ConnectionError(f'port {address} is in use, expected a free one: --master_port of '
+                                  'torchrun, --main_process_port of accelerate launch') from e
         rank = os.environ.get('RANK')
-        raise ConnectionError(f'rank {rank} of {size} met nobody at {address} within {timeout:g} s: {_line(e)}') from e
+        raise ConnectionError(f'rank {rank} of {size} met nobody at {address} '
+                              f'within {timeout:g} s: {_line(e)}') from e
 
 def _line(e:Exception) -> str: # the first of its message, without torch's prefix
     first = (str(e).splitlines() or [''])[0]
     return re.sub(r'^\[[^]]*\] *', '', first)[:120]
 
 # %% ../../nbs/base/20_distributed.ipynb #4a29dd8a
-LOST = r'[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|Timeout|NCCL|peer|gloo' # in torch's words
+LOST = r'[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|Timeout|NCCL|peer|gloo' # torch's words
+
+def _rank() -> str: return f'rank {world().rank} of {world().size}'
 
 def _on_term(handler):
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)
@@ -106,8 +111,8 @@ def _heeding_stops():
         yield
         _on_term(signal.SIG_DFL)
     except StopSignal:
-        raise LostProcess(f'rank {world().rank} of {world().size} was told to stop, '
-                          'as a launcher does when another process has died') from None
+        raise LostProcess(f'{_rank()} was told to stop, as a launcher does '
+                          'when another process has died') from None
 
 @contextmanager
 def _short_errors():
@@ -116,7 +121,7 @@ def _short_errors():
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and not re.search(LOST, str(e)): raise
         _on_term(signal.SIG_IGN)
-        raise LostProcess(f'rank {world().rank} of {world().size} has lost another process, all stop here: {_line(e)}') from e
+        raise LostProcess(f'{_rank()} has lost another process, all stop here: {_line(e)}') from e
 
 # %% ../../nbs/base/20_distributed.ipynb #b9e0a0ed
 def average_(
@@ -173,6 +178,6 @@ def agree(
         work.wait()
         words = [f'{h.item():08x}' for h in hashes]
         if len(set(words)) == 1: return
-        here = f'rank {world().rank} has {what[:200]}'
-        raise ValueError(f'ranks differ in {name}, expected one hash of all: {", ".join(words)}; {here}')
+        here = f'{", ".join(words)}; rank {world().rank} has {what[:200]}'
+        raise ValueError(f'ranks differ in {name}, expected one hash of all: {here}')
     return check

@@ -15,7 +15,7 @@ from pathlib import Path as FilePath
 from secrets import token_hex
 from weakref import WeakSet
 
-# %% ../../nbs/base/10_files.ipynb #19e24353
+# %% ../../nbs/base/10_files.ipynb #01fa6816
 class Unwritable(ValueError):
     "A file that cannot be written, or a folder that is in use: the data itself is fine."
 
@@ -23,7 +23,7 @@ class LostProcess(ConnectionError):
     "Another process of the job is gone."
 
 class StopSignal(BaseException):
-    "A signal told this process to stop. It is no `Exception`, so nothing that handles errors catches it."
+    "A signal told this process to stop. It is no `Exception`: what handles errors must not catch it."
 
 @contextmanager
 def _writing(fname:FilePath):
@@ -44,7 +44,7 @@ def _sync(fname:FilePath): # a file or a folder
 def replacing(
     fname:FilePath,      # its folder is made if it is missing
 ) -> Iterator[FilePath]: # temporary name beside it: write there
-    "Replace `fname` if the block succeeds; raise `Unwritable` and keep the old content if it cannot be written."
+    "Replace `fname` if the block succeeds; keep it and raise `Unwritable` if that is not possible."
     fname = FilePath(fname)
     tmp = fname.with_name(f'.{fname.name}.{token_hex(4)}.part')
     try:
@@ -57,7 +57,7 @@ def replacing(
     finally:
         with suppress(OSError): tmp.unlink()
 
-# %% ../../nbs/base/10_files.ipynb #1083e0e7
+# %% ../../nbs/base/10_files.ipynb #8d8e8e69
 def write_file(
     fname:FilePath,  # is replaced
     data:str|bytes,  # all of its new content; text as UTF-8
@@ -76,7 +76,7 @@ def to_json(
     o:object, # dicts, lists, strings, numbers
     **kwargs, # of `json.dumps`
 ) -> str:
-    "Return JSON text, with null for numbers that are not finite; raise `TypeError` for what JSON cannot hold."
+    "Return JSON text, null for numbers that are not finite; raise `TypeError` for what JSON cannot hold."
     return json.dumps(_finite(o), allow_nan=False, **kwargs)
 
 def write_json(
@@ -148,7 +148,8 @@ class FileLock:
 
     def release(self):
         "Give the lock back."
-        file, self.file = self.file, None # once the file is gone, another thread may have the lock
+        file = self.file
+        self.file = None # once the name is gone, another thread may have the lock
         self.fname.unlink(missing_ok=True)
         flock(file, LOCK_UN)
         file.close()
@@ -162,13 +163,13 @@ def locked(
     fname:FilePath,  # lock file; its folder is made if it is missing
     wait:bool=False, # for another holder, or refuse at once?
 ) -> Iterator[None]:
-    "Hold a lock, against threads too; raise `Unwritable` if another process holds it or it cannot be made."
+    "Hold a lock, against threads too; raise `Unwritable` if somebody else holds it or it cannot be made."
     lock = FileLock(fname)
-    folder = str(lock.fname.parent)
+    folder = f'folder {str(lock.fname.parent)!r}'
     try: is_ours = lock.acquire(wait)
-    except OSError as e: raise Unwritable(f'folder {folder!r} cannot be locked: {e.strerror or e}') from e
+    except OSError as e: raise Unwritable(f'{folder} cannot be locked: {e.strerror or e}') from e
     if not is_ours:
-        raise Unwritable(f'folder {folder!r} is in use by another process: wait for its end, or choose another')
+        raise Unwritable(f'{folder} is in use by another process: wait for its end, or choose another')
     try: yield
     finally: lock.release()
 

@@ -49,20 +49,21 @@ def _without_password(text:str, storage) -> str:
     for secret in sorted(secrets, key=len, reverse=True): text = text.replace(secret, '***')
     return text
 
+_driver = ', expected the driver of the database: for PostgreSQL, pip install "psycopg[binary]"'
+
 @contextmanager
 def storage_errors(
     storage, # file or URL
 ) -> Iterator[None]:
-    "Raise `ValueError`, in one line and without the password, for whatever a storage raises inside."
+    "Raise `ValueError`, one line without the password, for whatever a storage raises inside."
     try: yield
     except LostProcess: raise
     except Exception as e:
         e = e.__cause__ or e
         first = str(getattr(e, 'orig', None) or e).strip().partition('\n')[0]
-        text = _without_password(first, storage)
-        if isinstance(e, ImportError):
-            text += ', expected the driver of the database: for PostgreSQL, pip install "psycopg[binary]"'
-        raise ValueError(f'storage {_shown(storage)} cannot be used: {type(e).__name__}: {text}') from None
+        reason = f'{type(e).__name__}: {_without_password(first, storage)}'
+        if isinstance(e, ImportError): reason += _driver
+        raise ValueError(f'storage {_shown(storage)} cannot be used: {reason}') from None
 
 # %% ../../nbs/base/30_storage.ipynb #620127be
 def lock_folder(
@@ -89,6 +90,13 @@ def _open_storage(
     except (ValueError, KeyError, AssertionError) as e:
         raise ValueError(f'{e!r}, expected a journal file of Optuna') from None
 
+def _load_or_create(storage, name:str, directions:list) -> optuna.Study:
+    try: return optuna.load_study(study_name=name, storage=storage) # reading writes nothing
+    except KeyError:
+        return optuna.create_study(storage=storage, study_name=name, directions=directions,
+                                   load_if_exists=True)
+
+# %% ../../nbs/base/30_storage.ipynb #cdbde0e7
 def open_study(
     storage,         # journal or URL; None: keep the study in memory
     locks:FilePath|None, # folder of the locks
@@ -96,21 +104,18 @@ def open_study(
     directions:list, # of the objectives
     about:dict,      # what must not change if the study goes on
 ) -> optuna.Study:   # new, or with its finished trials
-    "Open a study; raise `ValueError` if the storage cannot be used or the study is about something else."
+    "Open a study; raise `ValueError` if its storage cannot be used or it is about something else."
     if storage is None: return optuna.create_study(storage=InMemoryStorage(), directions=directions)
     with storage_errors(storage):
-        opened = _open_storage(storage, locks)
-        try: study = optuna.load_study(study_name=name, storage=opened) # reading writes nothing
-        except KeyError:
-            study = optuna.create_study(study_name=name, storage=opened, directions=directions, load_if_exists=True)
+        study = _load_or_create(_open_storage(storage, locks), name, directions)
         before = study.user_attrs.get('about')
         if before is None: study.set_user_attr('about', about)
-    for k in before or {}:
-        if before[k] != about[k]:
-            raise ValueError(f'study {name!r} in {_shown(storage)} has {k} {before[k]}, expected {about[k]}')
+    for k,value in (before or {}).items():
+        if value != about[k]:
+            raise ValueError(f'study {name!r} in {_shown(storage)} has {k} {value}, expected {about[k]}')
     return study
 
-# %% ../../nbs/base/30_storage.ipynb #12db8975
+# %% ../../nbs/base/30_storage.ipynb #efb834dc
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
     "Let Optuna print warnings only."

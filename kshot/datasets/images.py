@@ -12,7 +12,7 @@ import io, json, os, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import NamedTuple
 from zipfile import BadZipFile
 import numpy as np
@@ -27,7 +27,7 @@ from .unpickle import load_plain
 
 # %% ../../nbs/datasets/20_images.ipynb #451804c8
 class ImageSet(NamedTuple):
-    "What a set of images looks like, and its python batches."
+    "What a set of images looks like, and its Python batches."
     n_classes:int   # labels 0 to n_classes-1
     px:int          # an image is `(3, px, px)`
     folder:str      # of the batches
@@ -37,208 +37,294 @@ class ImageSet(NamedTuple):
     meta:str|None=None  # file that names the classes
     names:str=''        # key of the names there
     first:int=0         # label of the first class in the batches
-    n_labels:int=0      # labels that the batches have; 0: n_classes. Classes from n_classes on are left out
+    n_labels:int=0      # labels in the batches; 0: n_classes. Classes from n_classes on are left out
 
 IMAGE_SETS = {
-    'cifar10': ImageSet(10, 32, 'cifar-10-batches-py', [f'data_batch_{i}' for i in '12345'], ['test_batch'],
-                        meta='batches.meta', names='label_names'),
-    'cifar100': ImageSet(100, 32, 'cifar-100-python', ['train'], ['test'], 'fine_labels', 'meta', 'fine_label_names'),
-    'imagenet16': ImageSet(120, 16, 'ImageNet16', [f'train_data_batch_{i}' for i in range(1, 11)], ['val_data'], first=1, n_labels=1000)}
+    'cifar10': ImageSet(
+        10, 32, 'cifar-10-batches-py', [f'data_batch_{i}' for i in '12345'], ['test_batch'],
+        meta='batches.meta', names='label_names'),
+    'cifar100': ImageSet(
+        100, 32, 'cifar-100-python', ['train'], ['test'],
+        labels='fine_labels', meta='meta', names='fine_label_names'),
+    'imagenet16': ImageSet(
+        120, 16, 'ImageNet16', [f'train_data_batch_{i}' for i in range(1, 11)], ['val_data'],
+        first=1, n_labels=1000)}
 
+# %% ../../nbs/datasets/20_images.ipynb #5c28a388
 def data_folder(
-    folder:Path|str|None=None, # None: `data_home`
-) -> Path:                     # existing
-    "Folder with images and tables; `ValueError` if there is none."
-    found = Path(folder or data_home()).expanduser()
-    if not found.is_dir(): raise ValueError(f'data folder {str(found)!r} does not exist: name another one, or set KSHOT_DATA')
-    return found
+    folder:FilePath|str|None=None, # None: `data_home`
+) -> FilePath:                     # existing
+    "Return the folder with images and tables; raise `ValueError` if there is none."
+    folder = FilePath(folder or data_home()).expanduser()
+    if folder.is_dir(): return folder
+    raise ValueError(f'data folder {str(folder)!r} does not exist: name another one, or set KSHOT_DATA')
 
 # %% ../../nbs/datasets/20_images.ipynb #eff20636
 IMAGE_SUFFIXES = {'.png', '.webp', '.bmp', '.jpg', '.jpeg'}
 
 class Source(NamedTuple):
     "Files of a set."
-    layout:str       # 'batches', 'folder' or 'parts'
-    root:Path        # folder that holds them
-    files:list[Path] # sorted within a split
+    layout:str           # 'batches', 'folder' or 'parts'
+    root:FilePath        # folder that holds them
+    files:list[FilePath] # sorted within a split
 
-def find_images(
-    name:str,    # a key of `IMAGE_SETS`
-    folder:Path, # where to look, also in its subfolders `NAME` and that of the batches
-) -> Source:     # the first layout of the table above that is there
-    "Files of a set of images; `ValueError` if there are none or a batch is missing."
-    if name not in IMAGE_SETS: raise ValueError(f'images {name!r}, expected one of {", ".join(IMAGE_SETS)}')
-    s, folder = IMAGE_SETS[name], Path(folder)
+def _find_batches(s:ImageSet, name:str, folder:FilePath) -> Source|None:
     for root in (folder/s.folder, folder/name, folder):
-        files = [root/f for f in [*s.train, *s.test, *filter(None, [s.meta])]]
+        files = [root/f for f in (*s.train, *s.test, s.meta) if f]
         missing = [f.name for f in files if not f.is_file()]
         if not missing: return Source('batches', root, files)
-        if root.name == s.folder and root.is_dir(): raise ValueError(f'{str(root)!r} lacks the file {missing[0]!r} of {name}')
+        if root.name == s.folder and root.is_dir():
+            raise ValueError(f'{str(root)!r} lacks the file {missing[0]!r} of {name}')
+
+def _find_pictures(name:str, folder:FilePath) -> Source|None:
     for root in (folder/name, folder):
-        if (root/'train').is_dir() and (root/'test').is_dir():
-            files = sorted(Path(d)/f for s in ('train', 'test') for d,_,fs in os.walk(root/s) for f in fs if f[0] != '.')
-            return Source('folder', root, [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES])
+        if not ((root/'train').is_dir() and (root/'test').is_dir()): continue
+        walked = [w for split in ('train', 'test') for w in os.walk(root/split)]
+        files = sorted(FilePath(above)/f for above,_,names in walked for f in names if f[0] != '.')
+        return Source('folder', root, [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES])
+
+def _find_parts(name:str, folder:FilePath) -> Source|None:
     for root in (folder/name, folder):
-        if files := sorted(root.glob(f'{name}_part*.npz')): return Source('parts', root, files)
-    raise ValueError(f'{str(folder)!r} has no {name}: looked for {s.folder}/, train/ and test/ with a folder a class, {name}_part*.npz')
+        files = sorted(root.glob(f'{name}_part*.npz'))
+        if files: return Source('parts', root, files)
+
+# %% ../../nbs/datasets/20_images.ipynb #798d523a
+def find_images(
+    name:str,    # a key of `IMAGE_SETS`
+    folder:FilePath, # where to look, also in its subfolders `NAME` and that of the batches
+) -> Source:     # the first layout of the table above that is there
+    "Find the files of a set of images; raise `ValueError` if there are none or a batch is missing."
+    if name not in IMAGE_SETS:
+        raise ValueError(f'images {name!r}, expected one of {", ".join(IMAGE_SETS)}')
+    s = IMAGE_SETS[name]
+    folder = FilePath(folder)
+    source = _find_batches(s, name, folder) or _find_pictures(name, folder) or _find_parts(name, folder)
+    if source: return source
+    layouts = f'{s.folder}/, train/ and test/ with a folder a class, {name}_part*.npz'
+    raise ValueError(f'{str(folder)!r} has no {name}: looked for {layouts}')
 
 # %% ../../nbs/datasets/20_images.ipynb #51cb0dd5
 Raw = dict[str, tuple[np.ndarray, np.ndarray]] # 'train', 'test' -> uint8 `(N, 3, px, px)`, int64 `(N,)`
 
+def _decode(name:str, source:FilePath|bytes, px:int) -> np.ndarray: # `(3, px, px)`
+    try:
+        with Image.open(source if isinstance(source, FilePath) else io.BytesIO(source)) as image:
+            if image.size != (px, px):
+                raise ValueError(f'{image.size[0]}x{image.size[1]} pixels, expected {px}x{px}')
+            return np.asarray(image.convert('RGB')).transpose(2, 0, 1) # (px, px, 3) -> (3, px, px)
+    except Exception as e:
+        reason = ' '.join(str(e).split())
+        raise ValueError(f'image {name!r} cannot be read: {reason}') from e
+
 def decode_images(
-    sources:list[tuple[str, Path|bytes]], # what to call an image in an error, and its file or its bytes
+    sources:list[tuple[str, FilePath|bytes]], # what to call an image in an error, and its file or its bytes
     px:int,       # pixels a side
 ) -> np.ndarray:  # uint8 `(N, 3, px, px)`
-    "Decoded pictures; `ValueError` names one that is broken or of another size."
-    out, step = np.empty((len(sources), 3, px, px), np.uint8), 250
+    "Decode pictures; raise `ValueError` for one that is broken or of another size."
+    out = np.empty((len(sources), 3, px, px), np.uint8)
+    step = 250
     def fill(start):
-        for i,(what,source) in enumerate(sources[start:start+step], start):
-            try:
-                with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-                    if image.size != (px, px): raise ValueError(f'{image.size[0]}x{image.size[1]} pixels, expected {px}x{px}')
-                    out[i] = np.asarray(image.convert('RGB')).transpose(2, 0, 1) # (px, px, 3) -> (3, px, px)
-            except Exception as e: raise ValueError(f'image {what!r} cannot be read: {" ".join(str(e).split())}') from e
+        for i,(name,source) in enumerate(sources[start:start+step], start):
+            out[i] = _decode(name, source, px)
     starts = range(0, len(sources), step)
     with ThreadPoolExecutor(min(8, n_cores())) as pool, redirect_stdout(sys.stderr):
         done = pool.map(fill, starts)
-        for _ in progress_bar(done, total=len(starts), leave=False) if len(starts) > 8 else done: pass
+        if len(starts) > 8: done = progress_bar(done, total=len(starts), leave=False)
+        for _ in done: pass
     return out
 
 # %% ../../nbs/datasets/20_images.ipynb #87118ff1
+def _class_of(fname:FilePath) -> str: return fname.parent.name
+
+def _check_classes(classes:dict, s:ImageSet, root:FilePath): # split -> set of classes
+    for a,b in (('train', 'test'), ('test', 'train')):
+        lacks = sorted(classes[a] - classes[b])
+        if lacks: raise ValueError(f'{str(root/b)!r} has no images of class {lacks[0]!r} of {a}')
+    n = len(classes['train'])
+    if n != s.n_classes: raise ValueError(f'{str(root)!r} has {n} classes, expected {s.n_classes}')
+
 def read_folder(
     s:ImageSet,    # what is expected
     source:Source, # of layout 'folder'
 ) -> tuple[Raw, list[str]]: # images, class names
-    "Images of a folder a class; `ValueError` for a class too few or a broken image."
-    inside = {k: [f for f in source.files if f.relative_to(source.root).parts[0] == k] for k in ('train', 'test')}
-    found = {k: {f.parent.name for f in fs} for k,fs in inside.items()}
-    for a,b in (('train', 'test'), ('test', 'train')):
-        if lacks := sorted(found[a] - found[b]): raise ValueError(f'{str(source.root/b)!r} has no images of class {lacks[0]!r} of {a}')
-    names = sorted(found['train'])
-    if len(names) != s.n_classes: raise ValueError(f'{str(source.root)!r} has {len(names)} classes, expected {s.n_classes}')
-    label = {c: i for i,c in enumerate(names)}
-    labels = lambda fs: np.array([label[f.parent.name] for f in fs])
-    return {k: (decode_images([(str(f), f) for f in fs], s.px), labels(fs)) for k,fs in inside.items()}, names
+    "Read a folder a class; raise `ValueError` for a missing class or a broken image."
+    files = dict(train=[], test=[])
+    for f in source.files: files[f.relative_to(source.root).parts[0]].append(f)
+    classes = {split: set(map(_class_of, fs)) for split,fs in files.items()}
+    _check_classes(classes, s, source.root)
+    names = sorted(classes['train'])
+    label = {name: i for i,name in enumerate(names)}
+    out = {}
+    for split,fs in files.items():
+        x = decode_images([(str(f), f) for f in fs], s.px)
+        out[split] = x, np.array([label[_class_of(f)] for f in fs])
+    return out, names
 
 # %% ../../nbs/datasets/20_images.ipynb #973a6ea2
+_part = ('blob', 'offsets', 'labels', 'split', 'names', 'class_names')
+
+def _fits(p:dict) -> bool:
+    "Whether the arrays of a part fit together."
+    n = len(p['labels'])
+    starts = p['offsets']
+    blob = p['blob']
+    if starts.shape != (n+1,) or p['split'].shape != (n,) or p['names'].shape != (n,): return False
+    if blob.dtype != np.uint8 or blob.ndim != 1: return False
+    covers = starts[0] == 0 and starts[-1] == len(blob) and (np.diff(starts) >= 0).all()
+    return covers and np.isin(p['split'], (0, 1)).all()
+
 def read_part(
-    fname:Path,  # .npz
+    fname:FilePath,  # .npz
 ) -> dict[str, np.ndarray]: # its arrays
-    "Arrays of a part; `ValueError` if the file is broken or they do not fit together."
+    "Read the arrays of a part; raise `ValueError` if the file is broken or they do not match."
     try:
-        with np.load(fname, allow_pickle=False) as f: d = {k: f[k] for k in 'blob offsets labels split names class_names'.split()}
+        with np.load(fname, allow_pickle=False) as f: part = {k: f[k] for k in _part}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error, AttributeError) as e:
-        raise ValueError(f'part {str(fname)!r} cannot be read: {" ".join(str(e).split())}') from e
-    n, off = len(d['labels']), d['offsets']
-    fits = off.shape == (n+1,) and d['split'].shape == d['names'].shape == (n,) and d['blob'].dtype == np.uint8 and d['blob'].ndim == 1
-    if not fits or off[0] != 0 or off[-1] != len(d['blob']) or (np.diff(off) < 0).any() or not np.isin(d['split'], (0, 1)).all():
-        raise ValueError(f'part {str(fname)!r}: blob, offsets, labels, split and names do not fit together')
-    return d
+        reason = ' '.join(str(e).split())
+        raise ValueError(f'part {str(fname)!r} cannot be read: {reason}') from e
+    if _fits(part): return part
+    raise ValueError(f'part {str(fname)!r}: blob, offsets, labels, split and names do not fit together')
+
+# %% ../../nbs/datasets/20_images.ipynb #7dd7b09a
+def _decoded(words:np.ndarray) -> list[str]: return [w.decode() for w in words.tolist()]
 
 def read_parts(
     s:ImageSet,    # what is expected
     source:Source, # of layout 'parts'
 ) -> tuple[Raw, list[str]]: # images, class names
-    "Images of all parts; `ValueError` for a broken part or image."
+    "Read all parts; raise `ValueError` for a broken part or image."
     parts = [read_part(f) for f in source.files]
-    classes = [[o.decode() for o in p['class_names'].tolist()] for p in parts]
-    if any(c != classes[0] for c in classes): raise ValueError(f'parts in {str(source.root)!r} differ in their classes')
-    cat = lambda k: np.concatenate([p[k] for p in parts])
-    names, split, labels = [o.decode() for o in cat('names').tolist()], cat('split'), cat('labels').astype(np.int64)
-    views = [p['blob'][a:b] for p in parts for a,b in zip(p['offsets'], p['offsets'][1:])]
-    pick = lambda k: np.flatnonzero(split == k)
-    out = {k: (decode_images([(names[i], views[i]) for i in pick(j)], s.px), labels[pick(j)]) for j,k in enumerate(('train', 'test'))}
+    classes = [_decoded(p['class_names']) for p in parts]
+    if any(c != classes[0] for c in classes):
+        raise ValueError(f'parts in {str(source.root)!r} differ in their classes')
+    def cat(key): return np.concatenate([p[key] for p in parts])
+    names = _decoded(cat('names'))
+    split = cat('split')
+    labels = cat('labels').astype(np.int64)
+    blobs = []
+    for p in parts: blobs += [p['blob'][a:b] for a,b in zip(p['offsets'], p['offsets'][1:])]
+    out = {}
+    for number,name in enumerate(('train', 'test')):
+        chosen = np.flatnonzero(split == number)
+        out[name] = decode_images([(names[i], blobs[i]) for i in chosen], s.px), labels[chosen]
     return out, classes[0]
 
 # %% ../../nbs/datasets/20_images.ipynb #dd828189
+def _check_batch(s:ImageSet, fname:FilePath, x, y:np.ndarray):
+    name = f'batch {str(fname)!r}'
+    shape = (len(y) if y.ndim == 1 else -1, 3*s.px**2)
+    if getattr(x, 'dtype', None) != np.uint8 or x.shape != shape:
+        raise ValueError(f'{name}: data is no uint8 array {shape}')
+    end = s.first + (s.n_labels or s.n_classes)
+    if y.dtype.kind not in 'iu' or not ((s.first <= y) & (y < end)).all():
+        raise ValueError(f'{name}: {s.labels} are not all in {s.first} to {end-1}')
+
 def read_batch(
-    s:ImageSet,  # what is expected
-    fname:Path,  # a pickle
-) -> tuple[np.ndarray, np.ndarray]: # uint8 `(N, 3, px, px)`, int64 `(N,)`: images of the classes that are kept
-    "Images of one batch file; `ValueError` if it holds anything else, and nothing of it is run."
-    d = load_plain(fname)
-    try: x, y = d['data'], np.asarray(d[s.labels])
-    except (LookupError, TypeError, ValueError) as e: raise ValueError(f"batch {str(fname)!r} has no 'data' and {s.labels!r}") from e
-    shape, n = (len(y) if y.ndim == 1 else -1, 3*s.px**2), s.n_labels or s.n_classes
-    if getattr(x, 'dtype', None) != np.uint8 or x.shape != shape: raise ValueError(f'batch {str(fname)!r}: data is no uint8 array {shape}')
-    if y.dtype.kind not in 'iu' or not ((s.first <= y) & (y < s.first + n)).all():
-        raise ValueError(f'batch {str(fname)!r}: {s.labels} are not all in {s.first} to {s.first+n-1}')
+    s:ImageSet,     # what is expected
+    fname:FilePath, # a pickle
+) -> tuple[np.ndarray, np.ndarray]: # uint8 `(N, 3, px, px)`, int64 `(N,)`: of the classes that are kept
+    "Read a batch file, running nothing of it; raise `ValueError` if it holds anything else."
+    batch = load_plain(fname)
+    try:
+        x = batch['data']
+        y = np.asarray(batch[s.labels])
+    except (LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"batch {str(fname)!r} has no 'data' and {s.labels!r}") from e
+    _check_batch(s, fname, x, y)
     y = y.astype(np.int64) - s.first
-    return x[y < s.n_classes].reshape(-1, 3, s.px, s.px), y[y < s.n_classes]
+    is_kept = y < s.n_classes
+    return x[is_kept].reshape(-1, 3, s.px, s.px), y[is_kept]
+
+# %% ../../nbs/datasets/20_images.ipynb #41adbe74
+def _class_names(s:ImageSet, root:FilePath) -> list[str]:
+    if not s.meta: return [str(s.first + i) for i in range(s.n_classes)]
+    meta = load_plain(root/s.meta)
+    names = meta.get(s.names) if isinstance(meta, dict) else None
+    if not isinstance(names, list) or len(names) != s.n_classes:
+        raise ValueError(f'{str(root/s.meta)!r} has no list {s.names!r} of {s.n_classes} classes')
+    return [str(name) for name in names]
 
 def read_batches(
     s:ImageSet,    # what is expected
     source:Source, # of layout 'batches'
 ) -> tuple[Raw, list[str]]: # images, class names
-    "Images of all batches; `ValueError` for a file that is not what it should be."
+    "Read all batches; raise `ValueError` for a file that is not what it should be."
     out = {}
-    for k,files in (('train', s.train), ('test', s.test)):
+    for split,files in (('train', s.train), ('test', s.test)):
         x, y = zip(*[read_batch(s, source.root/f) for f in files])
-        out[k] = np.concatenate(x), np.concatenate(y)
-    if not s.meta: return out, [str(s.first + i) for i in range(s.n_classes)]
-    meta = load_plain(source.root/s.meta)
-    names = meta.get(s.names) if isinstance(meta, dict) else None
-    if not isinstance(names, list) or len(names) != s.n_classes:
-        raise ValueError(f'{str(source.root/s.meta)!r} has no list {s.names!r} of {s.n_classes} classes')
-    return out, [str(o) for o in names]
+        out[split] = np.concatenate(x), np.concatenate(y)
+    return out, _class_names(s, source.root)
 
 # %% ../../nbs/datasets/20_images.ipynb #4efcd94c
 READERS = {'batches': read_batches, 'folder': read_folder, 'parts': read_parts}
 Images = dict[str, tuple[Tensor, Tensor]] # 'train', 'test' -> uint8 `(N, 3, px, px)`, int64 `(N,)`
 
+def _by_hash(x:np.ndarray, y:np.ndarray) -> tuple[Tensor, Tensor]:
+    "Return images and classes in the order of the images' hashes."
+    hashes = [blake2b(o, digest_size=16).digest() for o in x]
+    order = sorted(range(len(y)), key=lambda i: (hashes[i], y[i]))
+    return torch.from_numpy(x[order]), torch.from_numpy(y[order])
+
 def decode_set(
     name:str,      # a key of `IMAGE_SETS`
-    source:Source, # what `find_images` found
+    source:Source, # of `find_images`
 ) -> tuple[Images, list[str]]: # images, class names
-    "Images of a source, sorted by the hash of their pixels; `ValueError` if a class has none or a file is broken."
-    s, out = IMAGE_SETS[name], {}
+    "Read a source, sorted by hash; raise `ValueError` if a class has no image or a file is broken."
+    s = IMAGE_SETS[name]
+    root = str(source.root)
     raw, names = READERS[source.layout](s, source)
-    for k,(x,y) in raw.items():
+    for split,(x,y) in raw.items():
         if len(y) and y.max() >= s.n_classes or len(names) != s.n_classes:
-            raise ValueError(f'{str(source.root)!r}: classes beyond the {s.n_classes} of {name}')
-        empty = np.flatnonzero(np.bincount(y, minlength=s.n_classes) == 0)
-        if len(empty): raise ValueError(f'{str(source.root)!r} has no {k} images of class {names[empty[0]]!r}')
-        keys = [blake2b(o, digest_size=16).digest() for o in x]
-        order = sorted(range(len(y)), key=lambda i: (keys[i], y[i]))
-        out[k] = torch.from_numpy(x[order]), torch.from_numpy(y[order])
-    return out, names
+            raise ValueError(f'{root!r}: classes beyond the {s.n_classes} of {name}')
+        empty = [name for name,n in zip(names, np.bincount(y, minlength=s.n_classes)) if n == 0]
+        if empty: raise ValueError(f'{root!r} has no {split} images of class {empty[0]!r}')
+    return {split: _by_hash(x, y) for split,(x,y) in raw.items()}, names
 
 # %% ../../nbs/datasets/20_images.ipynb #e6a4e231
 def fingerprint(
-    source:Source, # what `find_images` found
+    source:Source, # of `find_images`
 ) -> str:          # 16 hexadecimal digits
-    "Hash of the names, sizes and times of a source's files."
+    "Return a hash of the names, sizes and times of a source's files."
     h = blake2b(digest_size=8)
-    for f in source.files: h.update(repr((f.relative_to(source.root).as_posix(), (s := f.stat()).st_size, s.st_mtime_ns)).encode())
+    for f in source.files:
+        stat = f.stat()
+        about = f.relative_to(source.root).as_posix(), stat.st_size, stat.st_mtime_ns
+        h.update(repr(about).encode())
     return h.hexdigest()
 
 def _crc(tensors): return str([zlib.crc32(tensors[k].numpy()) for k in sorted(tensors)])
 
 def save_images(
-    fname:Path,    # written whole or not at all
-    images:Images, # 'train' and 'test'
+    fname:FilePath,  # written whole or not at all
+    images:Images,   # 'train' and 'test'
     names:list[str], # of the classes
 ):
-    "Images in a safetensors file; `ValueError` or `SafetensorError` if it can't be written."
-    tensors = {f'{k}_{a}': t for k,v in images.items() for a,t in zip('xy', v)}
-    with replacing(fname) as tmp: save_file(tensors, tmp, dict(names=json.dumps(names), crc=_crc(tensors)))
+    "Write images to a safetensors file; raise `ValueError` or `SafetensorError` if that fails."
+    tensors = {f'{split}_{k}': t for split,xy in images.items() for k,t in zip('xy', xy)}
+    meta = dict(names=json.dumps(names), crc=_crc(tensors))
+    with replacing(fname) as tmp: save_file(tensors, tmp, meta)
 
+# %% ../../nbs/datasets/20_images.ipynb #65e62593
 def load_images(
-    fname:Path, # what `save_images` wrote
+    fname:FilePath, # written by `save_images`
 ) -> tuple[Images, list[str]]: # images, class names
-    "Images of a safetensors file; `ValueError` if it is damaged."
+    "Read a file of `save_images`; raise `ValueError` if it is damaged."
+    name = f'image cache {str(fname)!r}'
     try:
-        with safe_open(fname, 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError) as e: raise ValueError(f'image cache {str(fname)!r} cannot be read: {e}') from e
-    if meta.get('crc') != _crc(tensors): raise ValueError(f'image cache {str(fname)!r} is damaged: wrong checksum')
-    return {k: (tensors[f'{k}_x'], tensors[f'{k}_y']) for k in ('train', 'test')}, json.loads(meta['names'])
+        with safe_open(fname, 'pt') as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            meta = f.metadata() or {}
+    except (SafetensorError, OSError) as e: raise ValueError(f'{name} cannot be read: {e}') from e
+    if meta.get('crc') != _crc(tensors): raise ValueError(f'{name} is damaged: wrong checksum')
+    images = {k: (tensors[f'{k}_x'], tensors[f'{k}_y']) for k in ('train', 'test')}
+    return images, json.loads(meta['names'])
 
 # %% ../../nbs/datasets/20_images.ipynb #f75a1248
 def read_images(
     name:str,                  # 'cifar10', 'cifar100' or 'imagenet16'
-    folder:Path|str|None=None, # as in `data_folder`
+    folder:FilePath|str|None=None, # as in `data_folder`
 ) -> tuple[Images, list[str]]: # 'train' and 'test' -> uint8 `(N, 3, px, px)`, int64 `(N,)`; class names
-    "A set of images, from the cache if it was read before; `ValueError` if it is not there or broken."
+    "Read a set of images, from the cache if possible; raise `ValueError` if it is missing or broken."
     source = find_images(name, data_folder(folder))
     cache = kshot_home()/'images'/f'{name}-{fingerprint(source)}.safetensors'
     if cache.exists():
@@ -246,5 +332,6 @@ def read_images(
         except ValueError as e: print(f'{e}; reading {str(source.root)!r} again', file=sys.stderr)
     images, names = decode_set(name, source)
     try: save_images(cache, images, names)
-    except (ValueError, SafetensorError) as e: print(f'images are not kept in {str(cache)!r}: {e}', file=sys.stderr)
+    except (ValueError, SafetensorError) as e:
+        print(f'images are not kept in {str(cache)!r}: {e}', file=sys.stderr)
     return images, names
