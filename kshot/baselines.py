@@ -22,7 +22,8 @@ def path_costs(
     benchmark = get_benchmark(table.space)
     paths = [benchmark.space.parse(path) for path in rows.path]
     columns = dict(macs='macs', params='n_params')
-    costs = {name: rows[column].to_numpy(float) for name,column in columns.items() if rows[column].notna().all()}
+    whole = {name: rows[column] for name,column in columns.items() if rows[column].notna().all()}
+    costs = {name: values.to_numpy(float) for name,values in whole.items()}
     if len(costs) < 2:
         counted = Cost(get_net(table.space), benchmark.x_shape)(paths)
         costs = dict(macs=counted[:,0], params=counted[:,1]) | costs
@@ -40,10 +41,12 @@ def baselines(
     keys = reference(table, **keys)
     wide = table.per_seed(**keys)
     if n is not None and n < len(wide): wide = wide.sample(n, random_state=0)
-    rows = table.select(['path', 'macs', 'n_params'], **keys).drop_duplicates('path').set_index('path')
+    rows = table.select(['path', 'macs', 'n_params'], **keys)
+    rows = rows.drop_duplicates('path').set_index('path')
     costs = path_costs(table, rows.loc[wide.index].reset_index())
     seeds = wide.dropna()
-    if seeds.shape[1] < 2 or len(seeds) < 2: return protocol({}, wide.mean(axis=1), costs, None, n_boot=n_boot)
+    if seeds.shape[1] < 2 or len(seeds) < 2:
+        return protocol({}, wide.mean(axis=1), costs, None, n_boot=n_boot)
     frame = protocol({}, wide.mean(axis=1), costs, seeds.T.to_numpy(), n_boot=n_boot)
     a, b = seeds.columns[:2]
     pair = protocol({f'seed {a} against seed {b}': seeds[a]}, seeds[b], n_boot=n_boot)

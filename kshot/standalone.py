@@ -43,7 +43,8 @@ def train_path(
     train_alone(module, dls, epochs)
     module.eval()
     macs, n_params = Cost(net, benchmark.x_shape)([ops])[0].tolist()
-    row = dict(path=path, dataset=benchmark.name, epochs=epochs, seed=seed, n_runs=1, macs=macs, n_params=n_params)
+    row = dict(path=path, dataset=benchmark.name, epochs=epochs, seed=seed, n_runs=1, macs=macs,
+               n_params=n_params)
     rows = []
     for split,loader in zip(('valid', 'test'), list(dls)[1:]):
         acc, loss = accuracy_loss(module, loader)
@@ -60,11 +61,13 @@ def end_with_parent():
 
 def _train_paths(jobs:list[tuple], log:FilePath, n_workers:int): # arguments of `train_path`
     if not jobs: return
-    pool = ProcessPoolExecutor(n_workers, mp_context=get_context('spawn'), initializer=end_with_parent)
+    context = get_context('spawn')
+    pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=end_with_parent)
     try:
         futures = [pool.submit(train_path, *job) for job in jobs]
-        for future in progress_bar(as_completed(futures), total=len(futures)): append_log(log, future.result())
-    finally: pool.shutdown(cancel_futures=True) # an error here does not wait for trainings that have not begun
+        done = progress_bar(as_completed(futures), total=len(futures))
+        for future in done: append_log(log, future.result())
+    finally: pool.shutdown(cancel_futures=True) # do not wait for trainings that have not begun
 
 # %% ../nbs/74_standalone.ipynb #74b1e007
 def _key(row:dict) -> tuple: # of its training
@@ -85,7 +88,7 @@ def make_table(
     paths:list[str]|None=None, # formatted; None: every path of the space
     n_workers:int|None=None,   # processes; None: one a core
 ) -> Table:
-    "Train every path alone, or what is left to train; `ValueError` if another process does, or for a number below 1."
+    "Train every path alone, or those that are left; `ValueError` while another process does."
     n_workers = n_workers or n_cores()
     for option,value in dict(epochs=epochs, seeds=seeds, n_workers=n_workers).items():
         if value < 1: raise ValueError(f'{option}={value}, expected at least 1')
@@ -97,7 +100,9 @@ def make_table(
     with locked(folder/f'.{benchmark.name}.lock'):
         done = _finished(log)
         trainings = [(path, seed, epochs) for seed in range(seeds) for path in paths]
-        _train_paths([(name, *training) for training in trainings if training not in done], log, n_workers)
+        jobs = [(name, *training) for training in trainings if training not in done]
+        _train_paths(jobs, log, n_workers)
         rows = pd.DataFrame(read_log(log)).assign(n_runs=1)
         wanted = rows.query('epochs == @epochs and seed < @seeds and path in @paths')
-        return write_table(wanted, folder/f'{benchmark.name}.parquet', name, f'trained alone by kshot, {epochs} epochs')
+        source = f'trained alone by kshot, {epochs} epochs'
+        return write_table(wanted, folder/f'{benchmark.name}.parquet', name, source)

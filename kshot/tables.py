@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 from .base.files import data_home, kshot_home, replacing
-from .benchmark import (BENCHMARKS, Benchmark, find_source, get_benchmark, get_net, get_space, is_spelling,
-                             read_source)
+from .benchmark import (BENCHMARKS, Benchmark, find_source, get_benchmark, get_net, get_space,
+                             is_spelling, read_source)
 from .datasets.importers import COLUMNS, as_rows
 from .nb101 import nb101_hash
 
@@ -33,14 +33,17 @@ def _type_of(column:pd.Series) -> pa.DataType:
     return pa.float64() if pd.api.types.is_numeric_dtype(column) else pa.string()
 
 def _schema(frame:pd.DataFrame, info:dict) -> pa.Schema: # of the file, with what it holds as metadata
-    return pa.schema([(name, _type_of(frame[name])) for name in frame], metadata={'kshot': json.dumps(info)})
+    types = [(name, _type_of(frame[name])) for name in frame]
+    return pa.schema(types, metadata={'kshot': json.dumps(info)})
 
 # %% ../nbs/72_tables.ipynb #72e1a001
 _TEXTS = ['path', 'dataset', 'split']
 
 def _as_sorted_categories(frame:pd.DataFrame) -> pd.DataFrame: # strings sort slowly, their numbers fast
     out = frame.astype(dict.fromkeys(_TEXTS, 'category'))
-    for name in _TEXTS: out[name] = out[name].cat.reorder_categories(sorted(out[name].cat.categories))
+    for name in _TEXTS:
+        texts = sorted(out[name].cat.categories)
+        out[name] = out[name].cat.reorder_categories(texts)
     return out
 
 def _row_groups(frame:pd.DataFrame) -> list[tuple[dict, pd.DataFrame]]: # what a group holds, and its rows
@@ -53,7 +56,8 @@ def _row_groups(frame:pd.DataFrame) -> list[tuple[dict, pd.DataFrame]]: # what a
             path = group.path[repeated].iloc[0]
             raise ValueError(f'path {path!r} has several rows of one seed for {keys}, expected one')
         keys['epochs'] = int(keys['epochs'])
-        info = keys | dict(seeds=sorted(group.seed.unique().tolist()), n_rows=len(group), n_paths=group.path.nunique())
+        seeds = sorted(group.seed.unique().tolist())
+        info = keys | dict(seeds=seeds, n_rows=len(group), n_paths=group.path.nunique())
         groups.append((info, group.astype(dict.fromkeys(_TEXTS, str))))
     return groups
 
@@ -81,16 +85,19 @@ class Table:
         return self.open().read().to_pandas()
 
 # %% ../nbs/72_tables.ipynb #8f45080d
-_INFO = dict(dataset=str, split=str, epochs=int, seeds=list, n_rows=int, n_paths=int) # types in the record of a group
+# types in the record of a group
+_INFO = dict(dataset=str, split=str, epochs=int, seeds=list, n_rows=int, n_paths=int)
 
 def _is_group(info) -> bool:
-    return isinstance(info, dict) and all(isinstance(info.get(name), kind) for name,kind in _INFO.items())
+    if not isinstance(info, dict): return False
+    return all(isinstance(info.get(name), kind) for name,kind in _INFO.items())
 
 def _is_info(info) -> bool: # as `write_table` makes it
     if not isinstance(info, dict): return False
     groups = info.get('groups')
     has_names = isinstance(info.get('space'), str) and isinstance(info.get('source'), str)
-    return has_names and isinstance(groups, list) and len(groups) > 0 and all(map(_is_group, groups))
+    if not has_names or not isinstance(groups, list) or not groups: return False
+    return all(map(_is_group, groups))
 
 # %% ../nbs/72_tables.ipynb #72e1a002
 def read_table(
@@ -103,8 +110,10 @@ def read_table(
     try:
         parquet = pq.ParquetFile(io.BytesIO(file) if isinstance(file, bytes) else file)
         info = json.loads((parquet.schema_arrow.metadata or {}).get(b'kshot', 'null'))
-    except (OSError, ValueError) as e: raise ValueError(f'{label} cannot be read: {str(e).splitlines()[0]}') from e
-    if not _is_info(info): raise ValueError(f'{label} is not a table of kshot: kshot_tables import makes one of it')
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{label} cannot be read: {str(e).splitlines()[0]}') from e
+    if not _is_info(info):
+        raise ValueError(f'{label} is not a table of kshot: kshot_tables import makes one of it')
     missing = [column for column in COLUMNS if column not in parquet.schema_arrow.names]
     if missing: raise ValueError(f'{label} lacks the column {missing[0]!r}')
     sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
@@ -126,7 +135,8 @@ def _write_groups(sink, schema:pa.Schema, groups:list[tuple[dict, pd.DataFrame]]
     with pq.ParquetWriter(sink, schema, compression='zstd', use_dictionary=in_dictionaries,
                           column_encoding={'path': 'DELTA_BYTE_ARRAY'}) as writer:
         for _,group in groups:
-            writer.write_table(pa.Table.from_pandas(group, schema, preserve_index=False), row_group_size=len(group))
+            rows = pa.Table.from_pandas(group, schema, preserve_index=False)
+            writer.write_table(rows, row_group_size=len(group))
 
 def write_table(
     frame:pd.DataFrame,   # columns of `COLUMNS` (empty where missing) and further ones
@@ -135,7 +145,7 @@ def write_table(
     source:str='',        # where the numbers come from
     name:str|None=None,   # of the table; None: the file's
 ) -> Table:
-    "Write rows as a table; `ValueError` if two rows describe one training, or an accuracy is not in 0 to 1."
+    "Write a table; `ValueError` if two rows describe one training, or for an accuracy outside 0-1."
     frame = as_rows(**{column: frame[column] for column in frame})
     groups = _row_groups(frame)
     schema = _schema(frame, dict(space=space, source=source, groups=[info for info,_ in groups]))
@@ -168,7 +178,8 @@ def _matching(table:Table, keys:dict) -> list[int]: # row groups that have the v
         if value is None: continue
         known = {groups[i][key] for i in left}
         if value not in known:
-            raise ValueError(f'table {table.name!r} has no {key} {value!r}{given}, expected one of {sorted(known)}')
+            wrong = f'table {table.name!r} has no {key} {value!r}{given}'
+            raise ValueError(f'{wrong}, expected one of {sorted(known)}')
         left = [i for i in left if groups[i][key] == value]
         given += f' with {key} {value!r}'
     return left
@@ -179,11 +190,13 @@ def group(self:Table,
 ) -> int:          # number of the row group
     "Return the one row group that fits; `ValueError` if there is none, or if there are several."
     for key in keys:
-        if key not in (*KEYS, 'seed'): raise ValueError(f'key {key!r}, expected {", ".join(KEYS)} or seed')
+        if key not in (*KEYS, 'seed'):
+            raise ValueError(f'key {key!r}, expected {", ".join(KEYS)} or seed')
     fitting = _matching(self, keys)
     for key in KEYS:
         values = sorted({self.info['groups'][i][key] for i in fitting})
-        if len(values) > 1: raise ValueError(f'table {self.name!r} has several {key}: choose one of {values}')
+        if len(values) > 1:
+            raise ValueError(f'table {self.name!r} has several {key}: choose one of {values}')
     i, = fitting
     seeds = self.info['groups'][i]['seeds']
     if (seed := keys.get('seed')) is not None and seed not in seeds:
@@ -210,7 +223,7 @@ def per_seed(self:Table,
     column:str='acc',          # to read
     **keys,                    # as in `Table.group`
 ) -> pd.DataFrame:             # index path, a column a seed; NaN where a path lacks a seed
-    "Return a value of each path and seed; `ValueError` for a path that the table does not have, and as in `Table.group`."
+    "Return a value of each path and seed; `ValueError` for an unknown path, or as in `group`."
     by = 'hash' if paths is not None and 'hash' in self.open().schema_arrow.names else 'path'
     rows = self.select([by, 'seed', column], **keys)
     of_seed = {seed: of.set_index(by)[column] for seed,of in rows.groupby('seed')}
@@ -221,7 +234,8 @@ def per_seed(self:Table,
         space = get_space('nb101')
         names = [nb101_hash(space.parse(path)) for path in paths]
     rows_of = wide.index.get_indexer(list(names))
-    if (rows_of < 0).any(): raise ValueError(f'table {self.name!r} has no path {list(paths)[np.argmin(rows_of)]!r}')
+    if (rows_of < 0).any():
+        raise ValueError(f'table {self.name!r} has no path {list(paths)[np.argmin(rows_of)]!r}')
     return wide.iloc[rows_of].set_axis(pd.Index(paths, name='path'))
 
 @patch
@@ -247,17 +261,21 @@ def import_table(
     benchmark = get_benchmark(space)
     name = name or benchmark.name
     if not re.fullmatch(r'[\w-]+', name) or name in _packaged():
-        raise ValueError(f'table name {name!r}, expected letters, digits, _ and - and none of {", ".join(_packaged())}')
-    if source is None and benchmark.importers and (source := find_source(space, data_home())) is None:
-        raise ValueError(f'no source of table {space}, expected a file, or one in the data folder {str(data_home())!r}')
+        expected = f'letters, digits, _ and - and none of {", ".join(_packaged())}'
+        raise ValueError(f'table name {name!r}, expected {expected}')
+    source = source or find_source(space, data_home())
+    if source is None and benchmark.importers:
+        expected = f'a file, or one in the data folder {str(data_home())!r}'
+        raise ValueError(f'no source of table {space}, expected {expected}')
     rows = read_source(space, source or '')
-    return write_table(rows, (folder or tables_folder())/f'{name}.parquet', space, FilePath(source).name)
+    fname = (folder or tables_folder())/f'{name}.parquet'
+    return write_table(rows, fname, space, FilePath(source).name)
 
 # %% ../nbs/72_tables.ipynb #9cf7053d
 def get_table(
     name:str, # of a table or of a benchmark with one, or a table's .parquet file
 ) -> Table:   # nothing but its metadata is read
-    "Return a table; it is imported first if its source lies in `data_home`. `ValueError` if there is none."
+    "Return a table, which may be imported first; `ValueError` if there is none."
     if FilePath(name).suffix == '.parquet': return read_table(FilePath(name))
     benchmark = get_benchmark(name) if name in BENCHMARKS or is_spelling(name) else None
     if benchmark and benchmark.table: return read_table(benchmark.table, benchmark.name)
@@ -268,13 +286,15 @@ def get_table(
         print(f'importing table {name} from {source}', file=sys.stderr)
         return import_table(name)
     names = [table['name'] for table in list_tables()]
-    hint = f'; kshot_tables import {name} FILE makes it' if benchmark and benchmark.importers else ''
+    can_import = benchmark is not None and benchmark.importers
+    hint = f'; kshot_tables import {name} FILE makes it' if can_import else ''
     raise ValueError(f'table {name!r}, expected one of {", ".join(names)} or a .parquet file{hint}')
 
 # %% ../nbs/72_tables.ipynb #72e1a009
 def list_tables() -> list[dict]: # of name, kind ('packaged', 'imported', 'importable') and file
     "List the tables that `get_table` finds."
-    tables = [dict(name=name, kind='packaged', file=str(BENCHMARKS[name].table)) for name in _packaged()]
+    packaged = {name: str(BENCHMARKS[name].table) for name in _packaged()}
+    tables = [dict(name=name, kind='packaged', file=file) for name,file in packaged.items()]
     files = sorted(tables_folder().glob('*.parquet'))
     imported = [f for f in files if f.name[0] != '.' and not f.stem.endswith('.latency')]
     tables += [dict(name=f.stem, kind='imported', file=str(f)) for f in imported]
@@ -302,7 +322,8 @@ def is_of_space(
 ) -> bool:
     "Are the paths of a table those of a benchmark?"
     benchmark = _benchmark_of(table)
-    return table.space == name or benchmark is not None and benchmark.name == get_benchmark(name).name
+    if table.space == name: return True
+    return benchmark is not None and benchmark.name == get_benchmark(name).name
 
 # %% ../nbs/72_tables.ipynb #057b3772
 def reference(
@@ -316,7 +337,8 @@ def reference(
     groups = table.info['groups']
     benchmark = _benchmark_of(table)
     if benchmark and set(keys.values()) == {None}:
-        keys = {key: value for key,value in benchmark.reference.items() if any(group[key] == value for group in groups)}
+        known = {key: {group[key] for group in groups} for key in KEYS}
+        keys = {key: value for key,value in benchmark.reference.items() if value in known[key]}
     group = groups[table.group(**keys)]
     return {key: group[key] for key in KEYS}
 
@@ -325,11 +347,12 @@ def get_truth(
     n:int|None=None, # number of paths, drawn at random; None: all
     **keys,          # as in `reference`
 ) -> pd.DataFrame:   # index path, a column a seed
-    "Return stand-alone accuracies, always of the same paths for the same `n`; `ValueError` as in `get_table` and `Table.group`."
+    "Return stand-alone accuracies, of the same paths for the same `n`; `ValueError` as in `group`."
     source = get_table(table)
     wide = source.per_seed(**reference(source, **keys))
     if n is None: return wide
-    if not 1 < n <= len(wide): raise ValueError(f'n={n}, expected 2 to {len(wide)} paths of table {table!r}')
+    if not 1 < n <= len(wide):
+        raise ValueError(f'n={n}, expected 2 to {len(wide)} paths of table {table!r}')
     return wide.sample(n, random_state=0).sort_index()
 
 # %% ../nbs/72_tables.ipynb #8249fcea
@@ -342,14 +365,16 @@ def _latency_file(space:str) -> FilePath: # imported first if its source lies in
             write_parquet(read(source), fname)
             return fname
     expected = f'{" or ".join(benchmark.latencies)} in the data folder {str(data_home())!r}'
-    if not benchmark.latencies: expected = ' or '.join(name for name,timed in BENCHMARKS.items() if timed.latencies)
+    if not benchmark.latencies:
+        expected = ' or '.join(name for name,timed in BENCHMARKS.items() if timed.latencies)
     raise ValueError(f'no latencies of space {space!r}, expected {expected}')
 
 def devices(
     space:str='nb201', # whose paths were timed
 ) -> list[str]:        # sorted
     "List the devices of a latency table; `ValueError` if the space has none."
-    return sorted(pd.read_parquet(_latency_file(space), columns=['device']).device.unique().tolist())
+    timed = pd.read_parquet(_latency_file(space), columns=['device'])
+    return sorted(timed.device.unique().tolist())
 
 def latency(
     space:str,  # whose paths were timed
@@ -357,6 +382,7 @@ def latency(
 ) -> Callable:  # path -> milliseconds, a cost for `kshot.search`
     "Return the measured latency of paths on a device; `ValueError` for an unknown device."
     rows = pd.read_parquet(_latency_file(space), filters=[('device', '==', device)])
-    if rows.empty: raise ValueError(f'device {device!r}, expected one of {", ".join(devices(space))}')
+    if rows.empty:
+        raise ValueError(f'device {device!r}, expected one of {", ".join(devices(space))}')
     parse = get_space(space).parse
     return {parse(path): ms for path,ms in zip(rows.path, rows.latency_ms)}.__getitem__

@@ -30,12 +30,13 @@ def check_option(
     value:Any,      # what was given
     annotation:Any, # what it may be
 ):
-    "Raise `TypeError` for a value of another type, `ValueError` for one outside a closed set and for a float that is not finite."
+    "Raise `TypeError` for a value of another type, `ValueError` outside a set or if not finite."
     kinds = kinds_of(annotation)
     accepted = (*kinds, int) if float in kinds else kinds
     is_number_by_accident = isinstance(value, bool) and bool not in kinds
     if is_number_by_accident or not isinstance(value, accepted):
-        raise TypeError(f'{name}={value!r}, expected {" or ".join(kind.__name__ for kind in kinds)}')
+        expected = ' or '.join(kind.__name__ for kind in kinds)
+        raise TypeError(f'{name}={value!r}, expected {expected}')
     choices = choices_of(annotation)
     if choices and value not in choices:
         raise ValueError(f'{name}={value!r}, expected one of {", ".join(map(repr, choices))}')

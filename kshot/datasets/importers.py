@@ -24,7 +24,8 @@ from ..space import Space
 from ..spaces import darts_path, darts_space, macro_space, nb201_space
 
 # %% ../../nbs/datasets/40_importers.ipynb #0222fbe8
-COLUMNS = ['path', 'dataset', 'split', 'epochs', 'seed', 'n_runs', 'acc', 'loss', 'macs', 'n_params']
+COLUMNS = ['path', 'dataset', 'split', 'epochs', 'seed', 'n_runs', 'acc', 'loss', 'macs',
+           'n_params']
 
 def as_rows(
     **columns, # values of `COLUMNS`, or one for all rows; further ones are kept
@@ -52,7 +53,7 @@ def importer(
         return read
     return decorate
 
-def _canonical(space:Space, names:Sequence[str]) -> list[str]: # strings of a benchmark -> strings of the space
+def _canonical(space:Space, names:Sequence[str]) -> list[str]: # a benchmark's strings -> the space's
     return [space.format(space.parse(name)) for name in names]
 
 # %% ../../nbs/datasets/40_importers.ipynb #031e7b9d
@@ -62,9 +63,12 @@ def _macro_rows(
     **costs,             # macs, n_params
 ) -> pd.DataFrame:
     acc = np.asarray(acc, float)/100
-    if acc.shape != (len(names), 3): raise ValueError(f'accuracies {acc.shape}, expected 3 for each path')
-    shared = dict(path=_canonical(macro_space(), names), dataset='cifar10', split='test', epochs=50, n_runs=1, **costs)
-    return pd.concat([as_rows(acc=acc[:,seed], seed=seed, **shared) for seed in range(3)], ignore_index=True)
+    if acc.shape != (len(names), 3):
+        raise ValueError(f'accuracies {acc.shape}, expected 3 for each path')
+    paths = _canonical(macro_space(), names)
+    shared = dict(path=paths, dataset='cifar10', split='test', epochs=50, n_runs=1, **costs)
+    frames = [as_rows(acc=acc[:,seed], seed=seed, **shared) for seed in range(3)]
+    return pd.concat(frames, ignore_index=True)
 
 @importer('the JSON of NAS-Bench-Macro')
 def import_macro(
@@ -73,7 +77,8 @@ def import_macro(
     "Read NAS-Bench-Macro from its JSON file; `ValueError` if it is another."
     networks = json.loads(source.read_text(encoding='utf-8'))
     def column(name): return [network[name] for network in networks.values()]
-    return _macro_rows(list(networks), column('test_acc'), macs=column('flops'), n_params=column('params'))
+    costs = dict(macs=column('flops'), n_params=column('params'))
+    return _macro_rows(list(networks), column('test_acc'), **costs)
 
 @importer('a Parquet of NAS-Bench-Macro')
 def import_macro_parquet(
@@ -82,12 +87,15 @@ def import_macro_parquet(
     "Read NAS-Bench-Macro from a Parquet file with its columns; `ValueError` if it is another."
     data = pd.read_parquet(source)
     acc = data[[f'test_acc_{seed}' for seed in range(3)]]
-    return _macro_rows(data['arch'].tolist(), acc, macs=data['flops'], n_params=data['params'])
+    costs = dict(macs=data['flops'], n_params=data['params'])
+    return _macro_rows(data['arch'].tolist(), acc, **costs)
 
 # %% ../../nbs/datasets/40_importers.ipynb #02a5a7b7
 _SETS = { # data set -> split -> name of its images in the file
-    'cifar10-valid': dict(valid='x-valid', test='ori-test'), 'cifar10': dict(test='ori-test'),
-    'cifar100': dict(valid='x-valid', test='x-test'), 'ImageNet16-120': dict(valid='x-valid', test='x-test')}
+    'cifar10': dict(test='ori-test'),
+    'cifar10-valid': dict(valid='x-valid', test='ori-test'),
+    'cifar100': dict(valid='x-valid', test='x-test'),
+    'ImageNet16-120': dict(valid='x-valid', test='x-test')}
 
 def _cells(
     source:FilePath, # folder of pickles or one file
@@ -110,9 +118,9 @@ def _trainings(path:str, results:dict) -> Iterator[tuple]: # of a cell with one 
 # %% ../../nbs/datasets/40_importers.ipynb #40e1a003
 @importer("NAS-Bench-201 or NATS-Bench's topology space")
 def import_nb201(
-    source:FilePath, # folder NATS-tss-v1_0-*-simple, file NATS-tss-v1_0-*.pickle.pbz2 or NAS-Bench-201-v1_*.pth
+    source:FilePath, # NATS-tss-v1_0-*-simple, NATS-tss-v1_0-*.pickle.pbz2 or NAS-Bench-201-v1_*.pth
 ) -> pd.DataFrame:   # a row for each cell, dataset, split, budget and seed; 'macs' is the source's count
-    "Read NAS-Bench-201 from its own files; `ValueError` if something else is in them, and nothing in them is run."
+    "Read NAS-Bench-201 from its own files, and run nothing in them; `ValueError` for others."
     space = nb201_space()
     rows = []
     for cell in _cells(source):
@@ -126,6 +134,9 @@ def import_nb201(
 _SHORT_NAMES = dict(c10='cifar10', c10valid='cifar10-valid', c100='cifar100', in16='ImageNet16-120')
 _ACC_COLUMN = re.compile(rf'({"|".join(_SHORT_NAMES)})_(test|val)_acc_(\d+)ep')
 
+def _accuracy_files(folder:FilePath) -> list[FilePath]: # that may be there
+    return [folder/f'nas_bench_201_{epochs}epoch.parquet' for epochs in (12, 200)]
+
 def _n_runs(dataset:str, epochs:int) -> float:
     if epochs > 12: return np.nan
     return 2 if dataset == 'cifar10-valid' else 1
@@ -134,18 +145,20 @@ def _n_runs(dataset:str, epochs:int) -> float:
 def import_nb201_parquet(
     source:FilePath, # nas_bench_201_12epoch.parquet or nas_bench_201_200epoch.parquet
 ) -> pd.DataFrame:   # a row for each cell and column, of both files if both are there
-    "Read NAS-Bench-201 from Parquet files with one column a set and budget; `ValueError` if it is another."
+    "Read NAS-Bench-201 from Parquet files, a column a set and budget; `ValueError` for others."
     files = {source}
     if 'nas_bench_201' in source.name:
-        files |= {f for epochs in (12, 200) if (f := source.parent/f'nas_bench_201_{epochs}epoch.parquet').exists()}
+        files |= {f for f in _accuracy_files(source.parent) if f.exists()}
     frames = []
     for data in map(pd.read_parquet, files):
         paths = _canonical(nb201_space(), data['arch_str'])
         for column in data:
             if not (match := _ACC_COLUMN.fullmatch(column)): continue
-            dataset, split, epochs = _SHORT_NAMES[match[1]], dict(val='valid', test='test')[match[2]], int(match[3])
-            frames.append(as_rows(path=paths, acc=data[column]/100, dataset=dataset, split=split, epochs=epochs,
-                                  n_runs=_n_runs(dataset, epochs)))
+            dataset = _SHORT_NAMES[match[1]]
+            split = dict(val='valid', test='test')[match[2]]
+            epochs = int(match[3])
+            frames.append(as_rows(path=paths, acc=data[column]/100, dataset=dataset, split=split,
+                                  epochs=epochs, n_runs=_n_runs(dataset, epochs)))
     if not frames: raise ValueError('no column like c10_test_acc_12ep')
     return pd.concat(frames, ignore_index=True)
 
@@ -160,29 +173,37 @@ def _final(
     valid, test = struct.unpack('<d', final[4])[0], struct.unpack('<d', final[5])[0]
     return valid, test, dict(fields)[2]
 
-def _parse_record(record:bytes, cells:dict[str, tuple]) -> tuple[str, int, float, float]:
-    "Return hash, epochs, validation and test accuracy; add a new cell to `cells` with its path and parameters."
+def _parse_record(
+    record:bytes,
+    cells:dict[str, tuple], # hash -> path and parameters
+) -> tuple[str, int, float, float]:
+    "Return hash, epochs, validation and test accuracy; add a new cell to `cells`."
     name, epochs, adjacency, ops, metrics = json.loads(record)
     valid, test, n_params = _final(base64.b64decode(metrics, validate=True))
     if name not in cells:
         ops = ops.split(',')
-        if len(adjacency) != len(ops)**2: raise ValueError(f'matrix of {len(adjacency)} entries for {len(ops)} ops')
+        if len(adjacency) != len(ops)**2:
+            raise ValueError(f'matrix of {len(adjacency)} entries for {len(ops)} ops')
         matrix = np.array(list(adjacency), int).reshape(len(ops), -1)
         cells[name] = ''.join(map(str, nb101_path(matrix, ops))), n_params
     return name, int(epochs), valid, test
 
 # %% ../../nbs/datasets/40_importers.ipynb #d1efcc9a
-def _read_nb101(source:FilePath) -> tuple[dict[str, tuple], list[np.ndarray]]: # cells by hash; columns of their trainings
+def _read_nb101(
+    source:FilePath,
+) -> tuple[dict[str, tuple], list[np.ndarray]]: # cells by hash; columns of their trainings
     cells = {}
     numbers = {} # hash -> in the order of the file
     n_before = Counter()
     columns = [array(kind) for kind in 'iiidd'] # cell, epochs, seed, validation and test accuracy
     batches = read_tfrecord(source)
-    if source.stat().st_size > 50_000_000: batches = progress_bar(batches, total='noinfer') # a number would stop it there
+    if source.stat().st_size > 50_000_000:
+        batches = progress_bar(batches, total='noinfer') # a number would stop it there
     for batch in batches:
         for record in batch:
             name, epochs, valid, test = _parse_record(record, cells)
-            training = numbers.setdefault(name, len(numbers)), epochs, n_before[name,epochs], valid, test
+            cell = numbers.setdefault(name, len(numbers))
+            training = cell, epochs, n_before[name,epochs], valid, test
             for column,value in zip(columns, training): column.append(value)
             n_before[name,epochs] += 1
     return cells, list(map(np.array, columns))
@@ -197,7 +218,8 @@ def import_nb101(
     def categories(values): return pd.Categorical.from_codes(cell, pd.Index(values))
     shared = dict(path=categories(paths), dataset='cifar10', epochs=epochs, seed=seed, n_runs=1,
                   n_params=np.array(n_params)[cell], hash=categories(list(cells)))
-    frames = [as_rows(acc=acc, split=split, **shared) for split,acc in (('valid', valid), ('test', test))]
+    splits = dict(valid=valid, test=test)
+    frames = [as_rows(acc=acc, split=split, **shared) for split,acc in splits.items()]
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/datasets/40_importers.ipynb #da6b770c
@@ -211,13 +233,16 @@ def _drawn(n_vertices:int, upper:str, ops:str) -> str: # path string of a cell
 def import_nb101_parquet(
     source:FilePath, # columns hash, num_vertices, adj_upper, ops, params, val_acc_4ep, ...
 ) -> pd.DataFrame:   # a row for each cell and budget; further column 'hash'
-    "Read part of NAS-Bench-101 from a Parquet file with its columns; `ValueError` if it is another."
+    "Read part of NAS-Bench-101 from a Parquet file; `ValueError` if it is another."
     data = pd.read_parquet(source)
     paths = list(map(_drawn, data['num_vertices'], data['adj_upper'], data['ops']))
-    budgets = {int(match[1]): column for column in data if (match := re.fullmatch(r'val_acc_(\d+)ep', column))}
+    matches = [re.fullmatch(r'val_acc_(\d+)ep', column) for column in data]
+    budgets = {int(match[1]): match[0] for match in matches if match}
     if not budgets: raise ValueError('no column like val_acc_108ep')
-    shared = dict(path=paths, dataset='cifar10', split='valid', n_runs=1, n_params=data['params'], hash=data['hash'])
-    frames = [as_rows(acc=data[column].astype(float), epochs=epochs, **shared) for epochs,column in budgets.items()]
+    shared = dict(path=paths, dataset='cifar10', split='valid', n_runs=1, n_params=data['params'],
+                  hash=data['hash'])
+    acc = {epochs: data[column].astype(float) for epochs,column in budgets.items()}
+    frames = [as_rows(acc=values, epochs=epochs, **shared) for epochs,values in acc.items()]
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/datasets/40_importers.ipynb #da8081a6
@@ -234,8 +259,9 @@ def import_nds(
         net = trained['net']
         path = space.format(darts_path(net['genotype'], has_concat=True))
         errors = trained['test_ep_top1'] # percent, epoch by epoch
+        size = dict(width=net['width'], depth=net['depth'])
         rows.append(dict(path=path, epochs=len(errors), seed=n_before[path], acc=1-errors[-1]/100,
-                         macs=trained['flops'], n_params=trained['params'], width=net['width'], depth=net['depth']))
+                         macs=trained['flops'], n_params=trained['params'], **size))
         n_before[path] += 1
     dataset = 'imagenet' if source.stem.split('_')[1:2] == ['in'] else 'cifar10'
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -244,16 +270,20 @@ def import_nds(
 # %% ../../nbs/datasets/40_importers.ipynb #3c5b2c1f
 @importer('a Parquet of latencies')
 def import_latency(
-    source:FilePath, # nas_bench_201_latency_help.parquet, beside nas_bench_201_12epoch.parquet or ..._200epoch.parquet
+    source:FilePath, # nas_bench_201_latency_help.parquet, beside a file of accuracies
 ) -> pd.DataFrame:   # columns path, device, latency_ms
-    "Read the latency of NAS-Bench-201 cells on devices; `ValueError` if it is another file, or the cells are not beside it."
+    "Read latencies of NAS-Bench-201; `ValueError` for others, or without the cells beside it."
     data = pd.read_parquet(source)
-    candidates = [source.parent/f'nas_bench_201_{epochs}epoch.parquet' for epochs in (12, 200)]
-    indexed = [f for f in candidates if f.exists()]
-    if not indexed: raise ValueError('no nas_bench_201_12epoch.parquet beside it that says which cell has which index')
-    cells = pd.read_parquet(indexed[0], columns=['arch_index', 'arch_str']).set_index('arch_index').arch_str
+    indexed = [f for f in _accuracy_files(source.parent) if f.exists()]
+    if not indexed:
+        expected = 'that says which cell has which index'
+        raise ValueError(f'no nas_bench_201_12epoch.parquet beside it {expected}')
+    cells = pd.read_parquet(indexed[0], columns=['arch_index', 'arch_str'])
+    cells = cells.set_index('arch_index').arch_str
     paths = _canonical(nb201_space(), cells[data['arch_index']])
     columns = [column for column in data if column.startswith('lat_ms_')]
-    frames = [pd.DataFrame(dict(path=paths, device=column.removeprefix('lat_ms_'), latency_ms=data[column].astype(float)))
-              for column in columns]
+    def rows_of(column):
+        ms = data[column].astype(float)
+        return pd.DataFrame(dict(path=paths, device=column.removeprefix('lat_ms_'), latency_ms=ms))
+    frames = list(map(rows_of, columns))
     return pd.concat(frames, ignore_index=True)

@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 
 # %% ../../nbs/datasets/35_tfrecord.ipynb #518ab3be
-def _crc_table() -> np.ndarray: # `(256,)` uint32: the register after one byte (Castagnoli's polynomial, lowest bit first)
+def _crc_table() -> np.ndarray: # `(256,)` uint32: the register after one byte, lowest bit first
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8): table = np.where(table & 1, table >> 1 ^ np.uint32(0x82f63b78), table >> 1)
-    return table
+    return table # of Castagnoli's polynomial
 
 def crc32c(
     rows:Sequence[bytes], # N byte strings of at least four bytes
 ) -> np.ndarray:          # `(N,)` uint32
     "Return the CRC-32C of each byte string; `ValueError` for one that is too short."
     sizes = np.array([len(row) for row in rows], int)
-    if sizes.min(initial=4) < 4: raise ValueError(f'record of {sizes.min()} bytes, expected at least 4')
+    if sizes.min(initial=4) < 4:
+        raise ValueError(f'record of {sizes.min()} bytes, expected at least 4')
     longest = sizes.max(initial=4)
     padded = b''.join(row.rjust(longest, b'\0') for row in rows)
     columns = np.frombuffer(padded, np.uint8).reshape(len(rows), longest).T.copy() # (longest, N)
@@ -60,8 +61,9 @@ def read_tfrecord(
         pos = 0
         spans = []
         while pos < len(view):
-            end = pos + 16 + struct.unpack_from('<Q', view, pos)[0] if pos+16 <= len(view) else len(view)+1
-            if end > len(view):
+            is_framed = pos+16 <= len(view)
+            end = pos + 16 + struct.unpack_from('<Q', view, pos)[0] if is_framed else None
+            if end is None or end > len(view):
                 if spans: yield _records(view, spans)
                 raise ValueError(f'record at byte {pos:,} goes beyond the end of the file')
             spans.append((pos, end))
@@ -91,7 +93,8 @@ def wire_fields(
     while pos < len(data):
         tag, pos = _varint(data, pos)
         kind = tag & 7
-        if kind not in (0, 1, 2, 5): raise ValueError(f'message with wire type {kind}, expected 0, 1, 2 or 5')
+        if kind not in (0, 1, 2, 5):
+            raise ValueError(f'message with wire type {kind}, expected 0, 1, 2 or 5')
         if kind in (1, 5): value = 8 if kind == 1 else 4
         else: value, pos = _varint(data, pos)
         if kind != 0: # the number was a size
