@@ -12,8 +12,10 @@ from kshot.networks import digits_net
 from kshot.simplex import FreeCode, VertexCode
 from kshot.train import cosine, kshot_learner, sgd, torch_optimizer
 
-BANKS = dict(sgd=sgd, adamw=torch_optimizer, rmsprop=partial(torch_optimizer, make=torch.optim.RMSprop, momentum=.9))
-CODES = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=torch.optim.AdamW, rmsprop=torch.optim.RMSprop)
+rmsprop = partial(torch_optimizer, make=torch.optim.RMSprop, momentum=.9)
+momentum = partial(torch.optim.SGD, momentum=.9)
+BANKS = dict(sgd=sgd, adamw=torch_optimizer, rmsprop=rmsprop)
+CODES = dict(sgd=momentum, adamw=torch.optim.AdamW, rmsprop=torch.optim.RMSprop)
 EPOCHS = 2
 
 class StopAfter(Callback):
@@ -27,9 +29,10 @@ def fit(folder, seed=0, resume=False, n=EPOCHS, codes=None, **kwargs):
     "Train a small run, or a part of it."
     torch.manual_seed(seed)
     space = get_space('digits')
-    made = codes(space) if codes else None
-    learn = kshot_learner(digits_net(channels=4), space, digits_data(bs=200, seed=seed), 2, made, warmup=0.,
-                          n_paths=3, **kwargs)
+    dls = digits_data(bs=200, seed=seed)
+    codes = codes(space) if codes else None
+    net = digits_net(channels=4)
+    learn = kshot_learner(net, space, dls, 2, codes, warmup=0., n_paths=3, **kwargs)
     with learn.no_bar(), learn.no_logging():
         learn.fit(EPOCHS, cbs=[cosine(.01), CheckpointCallback(folder, resume), StopAfter(n)])
 
@@ -58,8 +61,10 @@ def test_two_epochs_are_one_and_one(tmp_path, banks, codes):
 def test_simplex_steps_of_their_own(tmp_path, banks):
     check_resume(tmp_path, mode='alternate', opt_func=BANKS[banks])
 
+def few_shot(space): return VertexCode(2, 0)
+def free(space): return FreeCode(space, 2)
+
 @pytest.mark.parametrize('banks', BANKS)
-@pytest.mark.parametrize('codes', [lambda space: VertexCode(2, 0), lambda space: FreeCode(space, 2)],
-                         ids=['few-shot', 'free'])
+@pytest.mark.parametrize('codes', [few_shot, free])
 def test_other_codes(tmp_path, banks, codes):
     check_resume(tmp_path, codes=codes, opt_func=BANKS[banks])

@@ -7,7 +7,8 @@ from kshot.benchmark import BENCHMARKS, get_net, get_space
 from kshot.networks import count_params, op_owner, reads, subnet
 from kshot.supernet import Supernet
 
-NAMES = [name for name,benchmark in BENCHMARKS.items() if not benchmark.has_widths] # those are chains, and larger
+# networks with widths are chains as macro's, and larger
+NAMES = [name for name,benchmark in BENCHMARKS.items() if not benchmark.has_widths]
 CODE = torch.tensor([.25, .75])
 
 def keep_net(net): return net # all supernets are equal
@@ -28,10 +29,11 @@ def test_supernet_does_what_its_network_does(name):
         out.sum().backward()
         trained = set()
         for key,bank in supernet.banks.items():
-            if bank.grad is not None: trained.update(owner_of(slot.names[0]) for slot in supernet.slots[key])
+            if bank.grad is None: continue
+            trained.update(owner_of(slot.names[0]) for slot in supernet.slots[key])
         read = {None, *(tuple(op)[:2] for op in reads(net, path))}
-        assert trained <= read
-        if name not in ('nb201', 'nds'): assert trained == read & has_params # there a node may feed nothing
+        if name in ('nb201', 'nds'): assert trained <= read # a node may feed nothing
+        else: assert trained == read & has_params
         alone = supernet.subnet(path, CODE)
         torch.testing.assert_close(alone(x).detach(), out.detach(), atol=1e-3, rtol=0)
         assert count_params(alone) == count_params(subnet(net, path))
