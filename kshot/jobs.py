@@ -19,7 +19,7 @@ from .base.distributed import agree, distributed, gather, is_first
 from .base.files import locked
 from .config import Config, alone, cost_of, net_args, parts, space_of
 from .evaluate import accuracy_loss, score_path
-from .export import load_subnet, measured, save_subnet, to_onnx, to_torch_export
+from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
 from .rank import over_seeds, rank_scores
 from .record import add_result, check_free, environment, has_run, lock_run
@@ -246,7 +246,7 @@ def retrain_run(
         acc_valid, acc_alone = _accuracies(ema or module, dls)
         result = dict(path=name, acc_valid=acc_valid, acc_alone=acc_alone, recipe=recipe,
                       epochs=epochs, bs=bs, seed=seed)
-        costs = measured(module, dls.train.x_shape, str(dls.device)) if is_first() else None
+        costs = measure_module(module, dls.train.x_shape, str(dls.device)) if is_first() else None
         result |= gather(costs)[0]
         if is_first():
             about = _about_subnet(config, result, path, dls)
