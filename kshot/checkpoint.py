@@ -38,10 +38,11 @@ def save_tensors(
     tensors:dict[str, Tensor], # by name
     meta:dict,                 # what JSON can hold
 ):
-    "Write tensors and metadata; `ValueError` if that fails, and then an older file is still there."
+    "Write tensors and metadata; `ValueError` if that fails, and then an older file stays."
     tensors = {name: t.detach().cpu().contiguous() for name,t in tensors.items()}
     text = to_json(meta)
-    write_file(fname, safetensors_bytes(tensors, dict(kshot=text, crc=_checksum(tensors, text))))
+    header = dict(kshot=text, crc=_checksum(tensors, text))
+    write_file(fname, safetensors_bytes(tensors, header))
 
 # %% ../nbs/52_checkpoint.ipynb #912fd928
 def load_tensors(
@@ -82,7 +83,8 @@ def load_optimizer_state(
     for key,value in tensors.items():
         number, _, name = key.partition('/')
         p = params[int(number)]
-        copy = torch.empty_like(p if value.shape == p.shape else value) # with the strides of its parameter
+        like = p if value.shape == p.shape else value # its strides, too
+        copy = torch.empty_like(like)
         state.setdefault(int(number), {})[name] = copy.copy_(value)
     opt.load_state_dict({**opt.state_dict(), 'state': state})
 
@@ -108,7 +110,8 @@ def run_state(
     "Return everything of a run in progress."
     cb = learn.k_shot
     parts = dict(weights=learn.model.tensors(), stats=learn.model.net.state_dict(),
-                 codes=cb.codes.state_dict(), opt=optimizer_state(learn.opt.opt), rng=_random_states(learn))
+                 codes=cb.codes.state_dict(), opt=optimizer_state(learn.opt.opt),
+                 rng=_random_states(learn))
     if cb.learns: parts['codes_opt'] = optimizer_state(cb.codes_opt)
     tensors = {}
     for part,named in parts.items():
@@ -116,8 +119,8 @@ def run_state(
     if cb.code_grads: tensors['code_grads'] = torch.stack([grad for _,grad in cb.code_grads])
     run = run_identity(learn) | _optimizers(learn)
     paths = [path for path,_ in cb.code_grads]
-    meta = dict(run=run, epoch=learn.epoch+1, n_epoch=learn.n_epoch, sampler=cb.sampler.state(),
-                code_grads=paths)
+    meta = dict(run=run, epoch=learn.epoch+1, n_epoch=learn.n_epoch, code_grads=paths,
+                sampler=cb.sampler.state())
     return tensors, meta
 
 def _random_states(learn:Learner) -> dict[str, Tensor]:
@@ -193,7 +196,8 @@ def load_state(
         torch.cuda.set_rng_state(tensors['rng/cuda'])
 
 def _check_random_states(learn:Learner, tensors:dict[str, Tensor]):
-    n_bytes, expected = tensors['rng/loader'].numel(), learn.dls.train.generator.get_state().numel()
+    n_bytes = tensors['rng/loader'].numel()
+    expected = learn.dls.train.generator.get_state().numel()
     if n_bytes != expected:
         raise ValueError(f'checkpoint with {n_bytes} bytes of a generator, expected {expected}: '
                          'it was made on another kind of device')
@@ -306,7 +310,8 @@ class CheckpointCallback(Callback):
     def before_epoch(self):
         if self.epoch < self.start: raise CancelEpochException
         sampler = self.learn.k_shot.sampler
-        if getattr(sampler, 'is_done', False): raise CancelFitException # a greedy sampler's pool has settled
+        is_done = getattr(sampler, 'is_done', False) # a greedy one's pool has settled
+        if is_done: raise CancelFitException
 
 # %% ../nbs/52_checkpoint.ipynb #86407245
 @patch
@@ -329,7 +334,8 @@ def after_epoch(self:CheckpointCallback):
     "Log and save the epoch, unless something is wrong with it."
     if self.epoch < self.start: return
     self._check_losses()
-    loss_valid, acc = mean([float(o) for o in self.learn.recorder.values[-1][1:]], self.n_valid)
+    values = [float(value) for value in self.learn.recorder.values[-1][1:]]
+    loss_valid, acc = mean(values, self.n_valid)
     self._check_accuracy(acc)
     with torch.no_grad(): stats = code_stats(self.learn.k_shot.codes(self.learn.k_shot.panel))
     loss = torch.stack(self.losses).mean().item()

@@ -25,7 +25,7 @@ class UniformSampler:
     def __init__(self,
         space:Space, # what to draw from
         seed:int=0,  # of the draws
-        accept:Callable[[Path], bool]|None=None, # may a path be drawn? None: every path of the space
+        accept:Callable[[Path], bool]|None=None, # may a path be drawn? None: every path
     ):
         self.space, self.accept = space, accept
         self.drawn = space # what random paths are of, before they are accepted
@@ -210,9 +210,9 @@ def _draw_known(self:GreedySampler, known:list[Path], p:float) -> Path|None: # w
 def state(self:GreedySampler) -> dict:
     "Return the state, as JSON can hold it."
     pool = self.pool
-    rng = self.rng.bit_generator.state
-    return dict(sampler=type(self).__name__, rng=rng, queue=list(self.queue), before=sorted(pool.before),
-                pool=list(pool.losses.items()), share_new=pool.share_new, n_scored=pool.n_scored)
+    of_pool = dict(pool=list(pool.losses.items()), before=sorted(pool.before),
+                   share_new=pool.share_new, n_scored=pool.n_scored)
+    return super(GreedySampler, self).state() | dict(queue=list(self.queue)) | of_pool
 
 @patch
 def load_state(self:GreedySampler,

@@ -33,7 +33,7 @@ class SimplexNet(nn.Module):
         self._standardise(spread)
 
     @torch.no_grad()
-    def _standardise(self, spread:float): # over 256 paths, logits get mean 0 and deviation `spread`
+    def _standardise(self, spread:float): # logits of 256 paths get mean 0 and deviation `spread`
         paths = self.space.sample(np.random.default_rng(0), 256)
         logits = self.net(self._onehot(paths))
         scale = spread/logits.std(0).clamp_min(1e-3) # a space of one path has no deviation
@@ -122,7 +122,7 @@ def width_settings(
     return [shift(m) for m in range(M)]
 
 def width_discrimination(
-    codes:Callable[[list[Path]], Tensor], # paths -> `(N, K)`, or `(N, L, K)`: then the mean over blocks
+    codes:Callable[[list[Path]], Tensor], # paths -> `(N, K)`; `(N, L, K)`: the mean over blocks
     space:Space,       # with widths
     paths:list[Path],  # N paths
     tau:float=.3,      # temperature, as in the paper
@@ -151,8 +151,8 @@ def mutual_information(
 # %% ../nbs/30_simplex.ipynb #55735240
 def code_stats(
     codes:Tensor, # `(N, K)` or `(N, L, K)`
-) -> dict[str, float]: # entropies of a code and of the mean code over log K, deviation, squared length
-    "Summarise codes in four means."
+) -> dict[str, float]:
+    "Return the entropies of a code and of the mean code over log K, the deviation, the squared length."
     codes = codes.detach()
     log_K = np.log(max(codes.shape[-1], 2))
     return dict(entropy=float(entropy(codes).mean()/log_K),

@@ -83,7 +83,7 @@ def mix(
 
 # %% ../nbs/20_supernet.ipynb #d3fe44ed
 class DeferredGradients:
-    "Keep the gradients of banks as two factors each, to be averaged before they are multiplied."
+    "Keep gradients of banks as two factors each, to be averaged before they are multiplied."
     def __init__(self):
         self.factors = [] # (key of a bank, factor from the codes `(N, K)`, `dw` `(N, P)`)
 
@@ -107,10 +107,10 @@ class Supernet(nn.Module):
         net:nn.Module,  # `forward(x, path)`; copied, not changed
         K:int,          # number of supernets; 1 is one-shot
         ops:Ops|None=None, # names of the modules of (block, op); None: `net.blocks[l][o]`
-        even_step:bool=True, # move the mixed weights as far as one-shot's, wherever the code is?
-        apart:float=1., # how far from the given network the supernets start; 1: independent draws
-        bf16:bool=False, # compute in bfloat16 where it is safe? Weights and mixing stay in float32
-        track_bn:bool=False, # let batch norms track statistics over all paths, and evaluate with them?
+        even_step:bool=True, # move mixed weights as far as one-shot's, wherever the code is?
+        apart:float=1., # how far the supernets start from the given network; 1: own draws
+        bf16:bool=False, # compute in bfloat16? Weights and mixing stay in float32
+        track_bn:bool=False, # track statistics of batch norms over all paths?
         redraw:Callable[[nn.Module], nn.Module]=redraw, # draws the parameters of a copy anew
     ):
         super().__init__()
@@ -154,21 +154,23 @@ def _slots(
         slots.setdefault(key, []).append(Slot(names, tuple(p.shape), p.numel()))
         blocks = {op and op[0] for op in owners}
         block = blocks.pop() if len(blocks) == 1 else None
-        for op in {None} if None in owners else owners: banks_of.setdefault(op, {})[key] = block
+        readers = {None} if None in owners else owners
+        for op in readers: banks_of.setdefault(op, {})[key] = block
     return slots, banks_of
 
 # %% ../nbs/20_supernet.ipynb #270f2e93
 def _strip(
     net:nn.Module, # changed in place
     track_bn:bool, # may it keep its statistics?
-) -> tuple[nn.Module, dict]: # the network, the momentum of each batch norm that had statistics
+) -> tuple[nn.Module, dict]: # the network; names and momenta of batch norms
     "Take parameters and batch-norm statistics out of a network."
     norms = {}
     for name,m in net.named_modules():
         for p in m._parameters: m._parameters[p] = None
         if not isinstance(m, _BatchNorm) or m.running_mean is None: continue
         norms[name] = m.momentum
-        if not track_bn: m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
+        if track_bn: continue
+        m.running_mean = m.running_var = m.num_batches_tracked = m.momentum = None
     return net, norms
 
 # %% ../nbs/20_supernet.ipynb #13da3772
@@ -191,8 +193,8 @@ def check_code(
 @patch
 def bank_keys(self:Supernet,
     path:Path, # op index per block
-) -> list[tuple[int|None, str]]: # block whose code mixes the bank (None: the mean code), key in `banks`
-    "Return the keys of the banks that a path reads."
+) -> list[tuple[int|None, str]]: # (block, key)
+    "Return the banks that a path reads, with the block whose code mixes them; None: the mean code."
     ops = [None, *((l,o) for l,o,*_ in reads(self.net, path))]
     keys = {} # a dict has each once, in order
     for op in ops:
@@ -214,11 +216,13 @@ def weights(self:Supernet,
     out = [{} for _ in paths]
     for (block,key),ids in readers.items():
         mixed_by = codes if len(ids) == len(paths) else codes[ids]
-        if mixed_by.ndim == 3: mixed_by = mixed_by.mean(1) if block is None else mixed_by[:,block]
+        if mixed_by.ndim == 3 and block is None: mixed_by = mixed_by.mean(1)
+        elif mixed_by.ndim == 3: mixed_by = mixed_by[:,block]
         keep = None if gradients is None else partial(gradients.keep, key)
         tensors = iter(mix(self.banks[key], mixed_by, self.even_step, self.slots[key], keep))
         for i in ids:
-            for slot in self.slots[key]: out[i].update(dict.fromkeys(slot.names, next(tensors)))
+            for slot in self.slots[key]:
+                out[i].update(dict.fromkeys(slot.names, next(tensors)))
     return out
 
 # %% ../nbs/20_supernet.ipynb #32f47efa
@@ -231,7 +235,8 @@ def tensors(self:Supernet,
     out = {}
     for key,slots in self.slots.items():
         columns = banks[key].detach().split([slot.size for slot in slots], 1)
-        for slot,v in zip(slots, columns): out[slot.names[0]] = _unflat(v, slot.shape).contiguous()
+        for slot,v in zip(slots, columns):
+            out[slot.names[0]] = _unflat(v, slot.shape).contiguous()
     return out
 
 @patch
@@ -242,7 +247,8 @@ def from_tensors(self:Supernet,
     banks = {}
     for key,slots in self.slots.items():
         for slot in slots: self._check(tensors, slot)
-        def row(k): return _row({slot.names[0]: tensors[slot.names[0]][k] for slot in slots}, slots)
+        names = [slot.names[0] for slot in slots]
+        def row(k): return _row({name: tensors[name][k] for name in names}, slots)
         banks[key] = torch.stack([*map(row, range(self.K))])
     return banks
 
@@ -295,13 +301,14 @@ def fresh_stats(
     owner_of = op_owner(supernet.ops)
     on_path = {None, *(tuple(op)[:2] for op in reads(supernet.net, path))}
     like = next(iter(supernet.banks.values()))
+    n_batches = torch.zeros((), dtype=torch.long, device=like.device)
     stats = {}
     for name in supernet.norms:
         if owner_of(name) not in on_path: continue
         channels = supernet.net.get_submodule(name).num_features
         stats[f'{name}.running_mean'] = like.new_zeros(channels)
         stats[f'{name}.running_var'] = like.new_ones(channels)
-        stats[f'{name}.num_batches_tracked'] = torch.zeros((), dtype=torch.long, device=like.device)
+        stats[f'{name}.num_batches_tracked'] = n_batches.clone()
     return stats
 
 # %% ../nbs/20_supernet.ipynb #46266aa8
@@ -316,10 +323,10 @@ def _holder(net:nn.Module, name:str) -> tuple[nn.Module, str]: # module of a ten
 def subnet(self:Supernet,
     path:Path,   # op index per block
     code:Tensor, # `(K,)` or `(L, K)`
-    stats:dict[str, Tensor]|None=None, # of batch norms, as `kshot.evaluate.recalibrate_bn` returns them
+    stats:dict[str, Tensor]|None=None, # of batch norms, such as `recalibrate_bn` returns
 ) -> fx.GraphModule: # `forward(x)`
-    "Return a plain module of one path with weights of its own; its batch norms track statistics."
-    for m in _rnns(self.net): m._flat_weights = [None]*len(m._flat_weights) # weights lent last
+    "Return a plain module of one path, with weights of its own."
+    for m in _rnns(self.net): m._flat_weights = [None]*len(m._flat_weights) # not those lent last
     net = copy.deepcopy(self.net)
     weights, = self.weights([path], code[None])
     params = {} # id of a mixed tensor -> parameter, one for all its names

@@ -59,7 +59,8 @@ def sgd(
     wd:float=5e-4,             # weight decay of the first group
 ) -> OptimWrapper:             # what fastai expects of an `opt_func`
     "Return fused SGD with Nesterov momentum .9, all momentum buffers ready."
-    opt = torch_optimizer(groups, lr, torch.optim.SGD, wd, momentum=.9, nesterov=True, fused=True)
+    nesterov = dict(momentum=.9, nesterov=True, fused=True)
+    opt = torch_optimizer(groups, lr, torch.optim.SGD, wd, **nesterov)
     for params in opt.param_lists:
         for p in params: opt.opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return opt
@@ -73,7 +74,8 @@ def cosine(
     "Raise the learning rate over `warmup`, then lower it to `end`, both along a cosine."
     fall = SchedCos(lr, end)
     if not warmup: return ParamScheduler({'lr': fall})
-    return ParamScheduler({'lr': combine_scheds([warmup, 1-warmup], [SchedCos(lr/25, lr), fall])})
+    rise_and_fall = combine_scheds([warmup, 1-warmup], [SchedCos(lr/25, lr), fall])
+    return ParamScheduler({'lr': rise_and_fall})
 
 # %% ../nbs/50_train.ipynb #389f9910
 class SkipValidation(Callback):
@@ -117,13 +119,13 @@ class KShotCallback(Callback):
 
     def __init__(self,
         codes:nn.Module,     # paths -> `(N, K)` codes, see `kshot.simplex`
-        sampler:UniformSampler, # returns the paths of a step, given the share of training that is done
-        mode:Mode='joint',   # when the code module learns: in every step, or in every second one
+        sampler:UniformSampler, # paths of a step, given the share of training that is done
+        mode:Mode='joint',   # does the code module learn in every step, or in every second one?
         lr_codes:float=1e-3, # learning rate of the code module
         codes_opt:Callable[..., torch.optim.Optimizer]=torch.optim.Adam, # its optimizer's class
         n_paths:int=16,      # paths a simplex step (paper: bs = 16)
         warmup:float=.1,     # share of training with uniform codes
-        regularise:Callable|None=None, # `regularise(codes, paths)`: a scalar added to the simplex loss
+        regularise:Callable|None=None, # `regularise(codes, paths)`: added to the simplex loss
     ):
         if mode not in get_args(Mode):
             raise ValueError(f"mode {mode!r}, expected 'joint' or 'alternate'")
@@ -171,7 +173,8 @@ def _give(self:KShotCallback, *inputs): self.learn.xb = (*self.xb[:1], *inputs)
 @patch
 def _start_supernet_step(self:KShotCallback):
     self.paths = self.sampler(self.learn.pct_train)
-    self.leaves = self.codes_now(self.paths).requires_grad_(self.is_warm and self.mode == 'joint')
+    collects = self.is_warm and self.mode == 'joint'
+    self.leaves = self.codes_now(self.paths).requires_grad_(collects)
     self._start_comparing()
     self.gradients = DeferredGradients() if world().size > 1 else None
     for path,code in zip(self.paths[:-1], self.leaves): # fastai runs the last one itself
@@ -193,7 +196,8 @@ def _start_validation(self:KShotCallback):
     if not len(self.xb[0]): # a small last batch has nothing for some ranks
         self.learn.yb = ()
         raise CancelBatchException
-    paths = self.panel[:max(1, len(self.xb[0])//8)] # batch norm needs several images of each path
+    n_paths = max(1, len(self.xb[0])//8) # batch norm needs several images of each path
+    paths = self.panel[:n_paths]
     self._give(paths, self.codes_now(paths))
 
 @patch
@@ -281,9 +285,11 @@ class FewShotCallback(Callback):
         supernet:Supernet, # on its device
     ) -> list[list[Tensor]]: # rows of banks with weight decay, rows without
         "Split parameters for fastai as `by_decay` does, each row of a bank by itself."
-        self.rows = {bank: [*map(nn.Parameter, bank.data)] for bank in supernet.banks.values()}
-        rows_of = self.rows.__getitem__
-        return [sum(map(rows_of, banks), []) for banks in supernet.by_decay()]
+        self.rows = {}
+        for bank in supernet.banks.values(): self.rows[bank] = [*map(nn.Parameter, bank.data)]
+        groups = []
+        for banks in supernet.by_decay(): groups.append(sum((self.rows[bank] for bank in banks), []))
+        return groups
 
     def before_fit(self): self.opt.zero_grad()
 
@@ -299,9 +305,9 @@ class FewShotCallback(Callback):
 def kshot_learner(
     net:nn.Module,   # `forward(x, path)`, see `kshot.networks`
     space:Space,     # its paths
-    dls:DataLoaders, # its first loader trains, its second validates; all else moves to their device
+    dls:DataLoaders, # its first loader trains, its second validates, on their device
     K:int=4,         # number of supernets
-    codes:nn.Module|None=None, # paths -> codes, moved in place; None: `SimplexNet`, for `K=1` `UniformCode`
+    codes:nn.Module|None=None, # paths -> codes, moved in place; None: a `SimplexNet`
     sampler:str|UniformSampler|Callable[[Learner], UniformSampler]='uniform', # its name, itself, or its maker
     seed:int=0,      # of a sampler given by name
     opt_func:Callable[..., OptimWrapper]=sgd, # optimizer of the banks, as `sgd` or `torch_optimizer`
