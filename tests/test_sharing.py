@@ -1,107 +1,129 @@
-"Which channels an op takes, and which weights the copies of an op have, in all combinations"
-import copy
-from itertools import product
-
+"Heuristics of weight sharing and their combinations: subnets and K supernets of every kind of network"
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kshot.nets.layers import Sliced, narrow
-from kshot.nets.ops import relu_conv_bn
-from kshot.nets.sharing import Channelled, Copy, SplitNet, own_norms, redraw, variant
+from kshot.benchmark import BENCHMARKS, get_net, get_space
+from kshot.nets.ops import Zero
+from kshot.networks import op_modules, reads, subnet
+from kshot.spaces import WIDTHS
+from kshot.supernet import Supernet
 
-C_IN, C_OUT = 5, 7 # of 8 and 12 channels
+def small_image(name, n=2):
+    C, *sides = BENCHMARKS[name].x_shape
+    return torch.randn(n, C, *(min(32, px) for px in sides))
 
-@pytest.fixture(params=['random', 'shuffled', 'interpolated'])
-def channelling(request):
-    torch.manual_seed(0)
-    return request.param
-
-@pytest.fixture
-def op(channelling):
-    op = Channelled(Sliced(8, 12, 3), channelling)
-    nn.init.uniform_(op[1].weight)
-    nn.init.normal_(op[1].bias)
-    return op
-
-@pytest.fixture
-def x(): return torch.randn(4, C_IN, 6, 6)
-
-def test_channelled_ops_have_the_parameters_of_sliced_ones(op):
-    assert dict(op.named_parameters()).keys() == dict(Sliced(8, 12, 3).named_parameters()).keys()
-
-def test_training_draws_channels(op, x, channelling):
-    assert torch.equal(op(x, C_IN, C_OUT), op(x, C_IN, C_OUT)) == (channelling == 'interpolated')
-
-def test_a_step_reaches_the_channels_it_read(op, x, channelling):
-    op(x, C_IN, C_OUT).sum().backward()
-    n_reached = (op[1].bias.grad != 0).sum()
-    assert n_reached == 12 if channelling == 'interpolated' else n_reached <= C_OUT
-
-def test_evaluation_draws_nothing(op, x, channelling):
-    op.eval()
-    y = op(x, C_IN, C_OUT)
-    assert torch.equal(op(x, C_IN, C_OUT), y)
-    torch.testing.assert_close(op.at(C_IN, C_OUT)(x), y, atol=1e-6, rtol=0)
-    if channelling != 'interpolated': assert torch.equal(narrow(nn.Sequential(*op), x, C_OUT), y)
-
-def test_full_width_is_the_plain_op(op):
-    x = torch.randn(4, 8, 6, 6)
-    op.eval()
-    assert torch.equal(op(x, 8, 12), nn.Sequential(*op)(x))
-
-class OneBlock(SplitNet):
-    "Two convolutions and a pooling, to be split by two widths and three inputs."
-    def __init__(self):
-        super().__init__()
-        self.ops = nn.ModuleList([relu_conv_bn(2, 2, 3), relu_conv_bn(2, 2, 1), nn.MaxPool2d(1)])
-        self.op_modules = {(0,o): [f'ops.{o}'] for o in range(3)}
-
-    def uses(self, l, o, by): return range(dict(input=3, width=2)[by])
-
-USES = [*product(range(2), range(3))] # width, input
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    net = OneBlock()
-    net.split('width', lambda op, l, use: redraw(copy.deepcopy(op)))
-    net.split('input', lambda op, l, use: own_norms(op))
+def shake(net):
+    "Give a network weights and statistics other than those at the start, none of them small."
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            tensors = module.running_mean, module.running_var, *module.parameters()
+            for tensor in tensors: nn.init.uniform_(tensor, .5, 1.5)
+        if getattr(module, 'matrix', None) is not None: nn.init.normal_(module.matrix)
     return net
 
-def test_a_net_that_is_split_twice_has_a_copy_for_each_pair_of_uses(net):
-    copies = {Copy(o, width, i) for o in (0, 1) for width,i in USES}
-    assert set(net.op_modules) == {(0,2), *((0,use) for use in copies)}
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 2*2*3
-    n_params = sum(p.numel() for p in net.parameters())
-    assert n_params == 2*(9*4 + 4 + 2*3*4) # weights by width, norms by input
+def called_modules(net, names, x, path) -> tuple[set[str], torch.Tensor]:
+    "Return those of `names` that a forward pass calls, and its output."
+    called = set()
+    def note(name): return lambda *_: called.add(name)
+    hooks = [net.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    with torch.no_grad(): y = net(x, path)
+    for hook in hooks: hook.remove()
+    return called, y
 
-@pytest.mark.parametrize('width,i', USES)
-def test_a_use_reads_its_copy(net, width, i):
-    op = variant(net.ops[1], width=width, input=i)
-    name, = net.op_modules[0,net.copy_for(0, 1, width=width, input=i)]
-    first = net.ops[1][width][0]
-    assert op is net.get_submodule(name)
-    assert op[1].weight is first[1].weight
-    assert (op[2].weight is first[2].weight) == (i == 0)
+def check_subnets(name, n_paths, **options):
+    "The subnet is the network at a path, in torch's own modules; what is read is what is called."
+    n_cells = BENCHMARKS[name].has_cells*(3 if 'd' in name else 1)
+    net = shake(get_net(name, 4, n_cells, **options)).eval()
+    ops = op_modules(net)
+    names = [n for of_op in ops.values() for n in of_op]
+    x = small_image(name)
+    space = get_space(name, options.get('widths', ()))
+    for path in space.sample(np.random.default_rng(0), n_paths):
+        called, y = called_modules(net, names, x, path)
+        read = {n for l,o,*_ in reads(net, path) for n in ops[l,o]}
+        left_out = {n for n in read if name == 'nb201' and isinstance(net.get_submodule(n), Zero)}
+        assert called == read - left_out
+        module = subnet(net, path)
+        torch.testing.assert_close(module(x), y, atol=1e-4, rtol=1e-4)
+        for m in module.modules(): assert not hasattr(m, 'at') and 'Shuffle' not in type(m).__name__
+    return net
 
-def test_an_op_without_parameters_is_not_split(net):
-    assert variant(net.ops[2], width=1, input=2) is net.ops[2]
-    assert net.copy_for(0, 2, width=1, input=2) == 2
+HALVES = ('[[[0,1,1,0],[0,0,0,1],[0,0,0,1],[0,0,0,0]],'
+          '["input","conv3x3-bn-relu","conv1x1-bn-relu","output"]]')
 
-def test_copies_by_width_are_drawn_anew(net):
-    assert not torch.equal(net.ops[0][0][0][1].weight, net.ops[0][1][0][1].weight)
+@pytest.mark.parametrize('channelling', ['random', 'shuffled', 'interpolated', 'disjoint'])
+def test_channelling(channelling):
+    net = check_subnets('nb101', 2, channelling=channelling).train()
+    path = get_space('nb101').parse(HALVES)
+    x = torch.randn(2, 3, 8, 8)
+    is_fixed = channelling in ('interpolated', 'disjoint') # the others draw in training
+    assert torch.equal(net(x, path), net(x, path)) == is_fixed
 
-def test_a_step_reaches_one_copy(net):
-    x = torch.randn(4, 2, 5, 5)
-    op = variant(net.ops[0], width=0, input=1)
-    op(x).square().sum().backward()
-    moved = {name for name,b in net.named_buffers() if name.endswith('mean') and b.any()}
-    assert moved == {'ops.0.0.1.2.running_mean'}
-    reached = {use for use in USES if net.ops[0][use[0]][use[1]][2].weight.grad is not None}
-    assert reached == {(0, 1)}
-    assert net.ops[0][1][0][1].weight.grad is None
+def test_interpolated_channels_are_others_than_the_first():
+    path = get_space('nb101').parse(HALVES)
+    x = torch.randn(2, 3, 8, 8)
+    fixed = get_net('nb101', 4, 1)
+    mean = get_net('nb101', 4, 1, channelling='interpolated')
+    mean.load_state_dict(fixed.state_dict())
+    assert not torch.equal(fixed(x, path), mean(x, path))
 
-def test_a_copy_of_the_net_is_tied_likewise(net):
-    again = copy.deepcopy(net)
-    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in net.parameters())
+SUBNETS = [
+    ('nb101', 3, dict(kernel='transform', channelling='interpolated', wsbn=True, drop_path=.2,
+                      affine=False)),
+    ('nb101', 3, dict(kernel='crop', op_on='edge')),
+    ('nb101', 1, dict(kernel='transform', op_on='edge', channelling='disjoint', drop_path=.2)),
+    ('nb101', 1, dict(kernel='crop', wsbn=True, channelling='disjoint')),
+    ('nb201', 3, dict(wsbn=True)),
+    ('nb201', 3, dict(op_on='node')),
+    ('digits', 3, dict(drop_path=.3, dropout=.2, affine=False)),
+    ('macro', 3, dict(drop_path=.2)),
+    ('darts', 1, dict(kernel='transform', op_on='edge')),
+    ('darts', 1, dict(kernel='crop', op_on='node', wsbn=True, drop_path=.2, affine=False)),
+    ('nds', 1, dict(wsbn=True, drop_path=.2)),
+    ('mobilenet_se', 1, dict(kernel='transform', drop_path=.2, affine=False)),
+    ('shufflenet', 1, dict(kernel='crop')),
+    ('shufflenet', 1, dict(kernel='crop', widths=WIDTHS)),
+    ('mobilenet', 1, dict(kernel='crop', widths=WIDTHS, drop_path=.2))]
+
+@pytest.mark.parametrize('name,n_paths,options', SUBNETS)
+def test_subnets(name, n_paths, options): check_subnets(name, n_paths, **options)
+
+def test_kernels_of_a_node_are_one():
+    options = dict(kernel='crop', wsbn=True, op_on='node', drop_path=.3, dropout=.1)
+    net = check_subnets('nb201', 3, **options)
+    edges = net.stages[0][0].edges
+    assert edges[3][2][1].weight is edges[5][3][2][1].weight # into node 3: 1x1 from 0, 3x3 from 2
+
+NB101_PATH = '10011010000100101010102001'
+SUPERNETS = [
+    ('nb101', NB101_PATH, dict(channelling='shuffled', kernel='transform', wsbn=True)),
+    ('nb101', NB101_PATH, dict(channelling='disjoint', drop_path=.2)),
+    ('nb101', NB101_PATH, dict(op_on='edge', kernel='crop', affine=False)),
+    ('nb201', '323123', dict(kernel='crop', wsbn=True, op_on='node', drop_path=.3, dropout=.1)),
+    ('nb201', '323123', dict(op_on='node', kernel='transform')),
+    ('digits', '2343', dict(drop_path=.3, dropout=.2)),
+    ('macro', '22222222', dict(drop_path=.3, affine=False))]
+
+@pytest.mark.parametrize('name,path,options', SUPERNETS)
+def test_a_vertex_is_the_plain_network(name, path, options):
+    "In training too; a bank gets a gradient where the plain network's parameters get one."
+    torch.manual_seed(0)
+    path = get_space(name).parse(path)
+    net = get_net(name, 4, int(BENCHMARKS[name].has_cells), **options)
+    supernet = Supernet(net, 4)
+    x = torch.randn(4, *BENCHMARKS[name].x_shape)[..., :16, :16]
+    with torch.no_grad():
+        for n,bank in supernet.tensors().items(): net.get_parameter(n).copy_(bank[2])
+    outs = []
+    for module,*code in ((net,), (supernet, torch.eye(4)[2])):
+        torch.manual_seed(1) # of what is dropped and drawn
+        outs.append(module(x, path, *code))
+        outs[-1].square().sum().backward()
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+    def gradient(bank): return torch.zeros_like(bank) if bank.grad is None else bank.grad
+    gradients = supernet.tensors({k: gradient(bank) for k,bank in supernet.banks.items()})
+    for n,parameter in net.named_parameters():
+        torch.testing.assert_close(gradients[n][2], gradient(parameter), atol=1e-4, rtol=1e-3)
+        assert not gradients[n][[0,1,3]].any()
