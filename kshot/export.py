@@ -148,7 +148,7 @@ def to_onnx(
     x_shape:tuple[int, ...], # one image, `(C, H, W)`
     fname:FilePath,   # `.onnx`
 ):
-    "Write a module as ONNX, from 'x' to 'logits'; `ValueError` without its packages or if that fails."
+    "Write a module as ONNX, from 'x' to 'logits'; `ValueError` without its packages or on failure."
     try: import onnx, onnxscript
     except ImportError as e:
         raise ValueError(f'ONNX needs the package {e.name!r}: pip install onnx onnxscript') from e
