@@ -25,6 +25,7 @@ from ..jobs import Budget, by_scorer, export_run, rank_run, rank_seeds, retrain_
 from ..rank import rank_scores
 from ..record import check_free, environment, read_run, write_run
 from ..runs import ensure_trained, score_run, train_run
+from ..retrain import RecipeName
 from ..search import Algorithm
 from ..tables import get_table, get_truth, reference
 
@@ -200,7 +201,7 @@ def retrain(
     name:str='run',      # of a run
     runs:FilePath=FilePath('runs'), # folder of runs
     path:str='',         # to train, such as 0123; '': what the search found
-    recipe:Literal['quick', 'mild', 'strong']='quick', # mild and strong are for ImageNet
+    recipe:RecipeName='quick', # mild and strong are for ImageNet
     epochs:int=0,        # of training; 0: the recipe's
     bs:int=0,            # images a batch, over all processes; 0: the recipe's
     seed:int=0,          # of weights, order and augmentation
