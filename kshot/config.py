@@ -263,7 +263,7 @@ def make_learner(
         net, space, dls, config.K, make_codes(config), make_sampler, opt_func=partial(sgd, wd=config.wd),
         even_step=config.even_step, apart=config.apart, track_bn=config.track_bn, bf16=bf16,
         mode=config.mode, lr_codes=config.lr_codes, warmup=config.warmup,
-        regularise=_regularization(config, space))
+        regularize=_regularization(config, space))
     if config.drop_path: learn.add_cb(DropPathCallback())
     return learn
 

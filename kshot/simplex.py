@@ -30,10 +30,10 @@ class SimplexNet(nn.Module):
         self.L = len(space.blocks) if per_block else None
         n_in, n_out = sum(space.sizes), K*(self.L or 1)
         self.net = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
-        self._standardise(spread)
+        self._standardize(spread)
 
     @torch.no_grad()
-    def _standardise(self, spread:float): # logits of 256 paths get mean 0 and deviation `spread`
+    def _standardize(self, spread:float): # logits of 256 paths get mean 0 and deviation `spread`
         paths = self.space.sample(np.random.default_rng(0), 256)
         logits = self.net(self._onehot(paths))
         scale = spread/logits.std(0).clamp_min(1e-3) # a space of one path has no deviation
@@ -54,15 +54,15 @@ class SimplexNet(nn.Module):
 
 # %% ../nbs/30_simplex.ipynb #567405f2
 class UniformCode(nn.Module):
-    "Return the centre of the simplex for every path."
+    "Return the center of the simplex for every path."
     def __init__(self,
         K:int, # length of a code
     ):
         super().__init__()
         self.K = K
-        self.register_buffer('centre', torch.full((K,), 1/K), persistent=False)
+        self.register_buffer('center', torch.full((K,), 1/K), persistent=False)
 
-    def forward(self, paths:list[Path]) -> Tensor: return self.centre.expand(len(paths), -1)
+    def forward(self, paths:list[Path]) -> Tensor: return self.center.expand(len(paths), -1)
 
 class VertexCode(nn.Module):
     "Let a path read supernet `o mod K` alone, with `o` its op at one block: few-shot NAS."
@@ -126,7 +126,7 @@ def width_discrimination(
     space:Space,       # with widths
     paths:list[Path],  # N paths
     tau:float=.3,      # temperature, as in the paper
-) -> Tensor:           # scalar, log M at the centre
+) -> Tensor:           # scalar, log M at the center
     "Score how hard a path's width settings are to tell apart; `ValueError` as in `width_settings`."
     settings = []
     for path in paths: settings += width_settings(space, path)
@@ -138,7 +138,7 @@ def width_discrimination(
 # %% ../nbs/30_simplex.ipynb #8b95d88e
 def entropy(
     codes:Tensor, # `(..., K)`
-) -> Tensor:      # `(...)` in nats, 0 at a vertex, log K at the centre
+) -> Tensor:      # `(...)` in nats, 0 at a vertex, log K at the center
     "Return the Shannon entropy of codes."
     return torch.special.entr(codes).sum(-1)
 

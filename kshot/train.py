@@ -125,7 +125,7 @@ class KShotCallback(Callback):
         codes_opt:Callable[..., torch.optim.Optimizer]=torch.optim.Adam, # its optimizer's class
         n_paths:int=16,      # paths a simplex step (paper: bs = 16)
         warmup:float=.1,     # share of training with uniform codes
-        regularise:Callable|None=None, # `regularise(codes, paths)`: added to the simplex loss
+        regularize:Callable|None=None, # `regularize(codes, paths)`: added to the simplex loss
     ):
         if mode not in get_args(Mode):
             raise ValueError(f"mode {mode!r}, expected 'joint' or 'alternate'")
@@ -207,9 +207,9 @@ def _train_banks(self:KShotCallback, is_on:bool):
 # %% ../nbs/50_train.ipynb #75d0bf12
 @patch
 def before_backward(self:KShotCallback):
-    "Add the regularisation to a simplex step's loss."
-    if self.is_simplex_step and self.regularise:
-        self.learn.loss_grad = self.loss_grad + self.regularise(self.codes, self.paths)
+    "Add the regularization to a simplex step's loss."
+    if self.is_simplex_step and self.regularize:
+        self.learn.loss_grad = self.loss_grad + self.regularize(self.codes, self.paths)
 
 @patch
 def before_step(self:KShotCallback):
@@ -227,7 +227,7 @@ def _step_joint(self:KShotCallback):
     paths, grads = zip(*self.code_grads)
     codes = self.codes(list(paths))
     loss = (codes*torch.stack(grads)).sum()/len(paths)
-    if self.regularise: loss = loss + self.regularise(self.codes, paths)
+    if self.regularize: loss = loss + self.regularize(self.codes, paths)
     loss.backward()
     self._step_codes()
     self.code_grads = []
@@ -295,7 +295,8 @@ class FewShotCallback(Callback):
 
     def before_step(self):
         "Hand the banks' gradients to the rows that this step has read."
-        read = {self.k_shot.codes.supernet_of(path) for path in self.k_shot.paths}
+        k_shot = self.k_shot
+        read = {k_shot.codes.supernet_of(path) for path in k_shot.paths}
         for bank,rows in self.rows.items():
             if bank.grad is None: continue
             for k in read: rows[k].grad = bank.grad[k]
