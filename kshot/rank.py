@@ -199,17 +199,23 @@ def metrics(
     x, y = _pair(acc_super, acc_alone)
     n = min(n, len(x))
     mean, std = search_performance(x, y, n)
-    return dict(tau=kendall_tau(x, y), spearman=spearman(x, y),
-        sparse_tau=sparse_kendall_tau(x, y), top_tau=top_tau(x, y),
-        regret_1=top_k_regret(x, y, 1), regret_n=top_k_regret(x, y, n),
-        precision_n=precision_at_k(x, y, n), surpass_random=surpass_random(x, y, n),
-        search_mean=mean, search_std=std)
+    return dict(
+        tau=kendall_tau(x, y),
+        spearman=spearman(x, y),
+        sparse_tau=sparse_kendall_tau(x, y),
+        top_tau=top_tau(x, y),
+        regret_1=top_k_regret(x, y, 1),
+        regret_n=top_k_regret(x, y, n),
+        precision_n=precision_at_k(x, y, n),
+        surpass_random=surpass_random(x, y, n),
+        search_mean=mean,
+        search_std=std)
 
 # %% ../nbs/60_rank.ipynb #a6efbb86
 def _row(scorer:str, kind:str, values:Mapping, interval:tuple) -> dict:
     low, high = interval
-    return dict(scorer=scorer, kind=kind, tau=values['tau'], low=low,
-        high=high) | dict(values)
+    first = dict(scorer=scorer, kind=kind, tau=values['tau'], low=low, high=high)
+    return first | dict(values)
 
 def _ceiling_metrics(per_seed:np.ndarray, n:int) -> pd.Series:
     "Average the metrics of every seed as the scorer and every other seed as the truth."
@@ -236,8 +242,8 @@ def protocol(
     rows = []
     for kind,group in ('scorer', scorers), ('baseline', baselines or {}):
         for name,x in group.items():
-            rows.append(_row(name, kind, metrics(x, acc_alone, n),
-                interval(kendall_tau, x, acc_alone)))
+            values = metrics(x, acc_alone, n)
+            rows.append(_row(name, kind, values, interval(kendall_tau, x, acc_alone)))
     if per_seed is not None:
         per_seed = np.asarray(per_seed, float)
         low_high = interval(seed_ceiling, per_seed)
@@ -295,10 +301,12 @@ def align_scores(
     if not runs or any(frame.empty for frame in runs.values()): return {}, truth[:0], []
     finite = {name: _finite_scores(frame, name) for name,frame in runs.items()}
     known = _common_truth(finite, truth)
-    aligned = {name: frame.loc[known.index].assign(acc_alone=known) for name,
-        frame in finite.items()}
+    aligned = {}
+    for name,frame in finite.items():
+        aligned[name] = frame.loc[known.index].assign(acc_alone=known)
     paths = dict.fromkeys(pd.concat([frame.path for frame in runs.values()]))
-    return aligned, truth.loc[known.index], [path for path in paths if path not in known.index]
+    left_out = [path for path in paths if path not in known.index]
+    return aligned, truth.loc[known.index], left_out
 
 # %% ../nbs/60_rank.ipynb #e5f90017
 def rank_scores(

@@ -128,8 +128,8 @@ def _ridges(parts:dict, rows:list, colors:dict, names, split, kind:Distribution)
 # %% ../../nbs/figures/45_accuracy.ipynb #98cbe704
 def _row_colors(rows:list) -> dict: # a row as text -> colour
     texts = list(map(str, rows))
-    return color_of(texts) if len(rows) <= 6 else dict(zip(texts,
-        sample_colorscale(SCALE, len(rows))))
+    if len(rows) <= 6: return color_of(texts)
+    return dict(zip(texts, sample_colorscale(SCALE, len(rows))))
 
 def _steps(values:np.ndarray, n:int=500) -> tuple[np.ndarray, np.ndarray]:
     "Return x and share of an ECDF: every value of few, `n` of many."
@@ -250,9 +250,9 @@ def op_shares(
     share_chosen = _ratio(n_chosen, np.full(len(n_chosen), n))
     share_all = n_all/max(N, 1)
     sd = np.sqrt(n*share_all*(1-share_all)*(N-n)/max(N-1, 1))
-    return pd.DataFrame(dict(n_chosen=n_chosen, n_all=n_all, share_chosen=share_chosen,
-        share_all=share_all, ratio=_ratio(share_chosen, share_all),
-        sds=_ratio(n_chosen-n*share_all, sd)), index=op_index(space))
+    columns = dict(n_chosen=n_chosen, n_all=n_all, share_chosen=share_chosen, share_all=share_all,
+        ratio=_ratio(share_chosen, share_all), sds=_ratio(n_chosen-n*share_all, sd))
+    return pd.DataFrame(columns, index=op_index(space))
 
 # %% ../../nbs/figures/45_accuracy.ipynb #5bfead47
 _ratio_scale = [[0, OKABE_ITO['blue']], [.5, '#E8E6E1'], [1, OKABE_ITO['vermillion']]]

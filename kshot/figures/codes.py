@@ -88,10 +88,10 @@ def _heat(codes:np.ndarray, labels:Sequence, order:np.ndarray) -> go.Figure:
     "Draw codes as a heat map, a column per path."
     z = codes[order].T # (K, N)
     names = np.broadcast_to(labels[order], z.shape)
-    fig = go.Figure(go.Heatmap(z=z, customdata=names,
-        colorbar=dict(thickness=10, outlinewidth=0),
-        hovertemplate='%{customdata}<br>supernet %{y}: %{z:.3f}<extra></extra>',
-        **_code_scale(codes)))
+    hover = '%{customdata}<br>supernet %{y}: %{z:.3f}<extra></extra>'
+    heat = go.Heatmap(z=z, customdata=names, hovertemplate=hover,
+        colorbar=dict(thickness=10, outlinewidth=0), **_code_scale(codes))
+    fig = go.Figure(heat)
     fig.update_yaxes(title_text='supernet', autorange='reversed', dtick=1, showgrid=False)
     return fig.update_xaxes(title_text='paths, sorted', showticklabels=False,
         showgrid=False)

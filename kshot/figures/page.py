@@ -88,8 +88,8 @@ def table_html(
     if frame.empty: return '<p>no rows</p>'
     styles = ['' if pd.api.types.is_numeric_dtype(t) else ' class="text"' for t in frame.dtypes]
     names = ['' if column == 'index' else html.escape(str(column)) for column in frame.columns]
-    rows = [_row('td', map(_cell, row), styles) for row in frame.itertuples(index=False,
-        name=None)]
+    values = frame.itertuples(index=False, name=None)
+    rows = [_row('td', map(_cell, row), styles) for row in values]
     head = f'<thead>{_row("th", names, styles)}</thead>'
     return f'<div class="card"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -132,9 +132,8 @@ def write_report(
     if not fname.parent.is_dir():
         raise ValueError(f'folder {fname.parent} does not exist, expected one for {fname.name}')
     body = '\n'.join(_section(*section) for section in sections)
-    templates = ', '.join(f'{name}: {_json(template(name == "dark"))}' for name in ('light',
-        'dark'))
-    page = _page.format(title=html.escape(title), body=body, templates=templates, css=_css,
-        js=_js, plotly=get_plotlyjs())
+    templates = f'light: {_json(template())}, dark: {_json(template(dark=True))}'
+    page = _page.format(title=html.escape(title), body=body, templates=templates,
+        css=_css, js=_js, plotly=get_plotlyjs())
     write_file(fname, page)
     return fname

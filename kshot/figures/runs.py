@@ -120,7 +120,7 @@ def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
     "Return the panels of simplex codes: entropy, spread and drift, the use of supernets."
     x, use = _series(log, 'mean_code')
     K = use.shape[1]
-    entropy = f'entropy of codes {_last(_series(log, "entropy")[1], 3)}'
+    _, entropy = _series(log, 'entropy')
     heads = []
     lines = []
     for key,color in (('spread', OKABE_ITO['blue']), ('drift', OKABE_ITO['vermillion'])):
@@ -131,10 +131,13 @@ def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
     names = ' '.join(_tinted(f'<b>{k}</b>', color) for k,color in enumerate(colors))
     colors = colors or [GREY]*K
     uses = [(x, use[:,k], _line(colors[k], f'supernet {k}:')) for k in range(K)]
-    return [(entropy, [(*_series(log, 'entropy'), _line())],
-        _zero_to_one | dict(include=[.98, 1])), (', '.join(heads), lines,
-        _zero_to_one | dict(include=.01)), (f'use of supernets {names}', uses,
-        _zero_to_one | dict(include=[1/K-.01, 1/K+.01]))]
+    near_one = _zero_to_one | dict(include=[.98, 1])
+    near_zero = _zero_to_one | dict(include=.01)
+    near_equal = _zero_to_one | dict(include=[1/K-.01, 1/K+.01])
+    return [
+        (f'entropy of codes {_last(entropy, 3)}', [(x, entropy, _line())], near_one),
+        (', '.join(heads), lines, near_zero),
+        (f'use of supernets {names}', uses, near_equal)]
 
 def _live_panels(log:Sequence[Mapping]) -> list[tuple]: # head, lines (x, y, style), range options
     "Return the panels that a log of live training fills."
@@ -204,7 +207,8 @@ def plot_live(
     if len(fig.data) != len(lines):
         raise ValueError(f'a figure of {len(fig.data)} lines to change, expected {len(lines)}')
     for trace,(x,y,_) in zip(fig.data, lines):
-        trace.x, trace.y = x, y
+        trace.x = x
+        trace.y = y
         if trace.mode != 'lines': trace.marker.size = 5 if len(x) < 40 else 2
     for annotation,(head,*_) in zip(fig.layout.annotations, panels): annotation.text = head
     if note: fig.layout.title.subtitle.text = live_note(log)

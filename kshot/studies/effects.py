@@ -67,7 +67,8 @@ def _set_aside(d:np.ndarray) -> np.ndarray: # `(S,)` bools
     is_known = nu > 0
     is_wild = np.zeros(len(d), bool)
     if is_known.sum() < 3: return is_wild
-    v, nu = v[is_known], nu[is_known]
+    v = v[is_known]
+    nu = nu[is_known]
     typical = np.median(v*nu/stats.chi2.median(nu))
     with np.errstate(all='ignore'):
         is_wild[is_known] = stats.f.sf(v/typical, nu, nu.sum()/2) < .05
@@ -106,8 +107,8 @@ def _intervals(
         half = stats.t.ppf((1+level)/2, df)*error
         t = np.where(effect == 0, 0, np.abs(effect)/error)
         p = np.where(error >= 0, 2*stats.t.sf(t, df), np.nan)
-    return pd.DataFrame(dict(n=n, effect=effect, low=effect-half, high=effect+half, df=df,
-        p=p))
+    columns = dict(n=n, effect=effect, low=effect-half, high=effect+half, df=df, p=p)
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/studies/20_effects.ipynb #67511832
 _lower_is_better = 'regret', 'loss', 'seconds', 'updates', 'search_std' # beginnings of metrics
@@ -160,8 +161,8 @@ def effects(
     t = _test_settings(d, level, pooled).merge(n_failed, on=_setting).merge(means,
         on=_setting)
     t['verdict'] = _verdicts(t, metric, level)
-    return t[[*_setting, 'n', 'n_failed', 'setting', 'baseline', 'effect', 'low', 'high',
-        'df', 'p', 'q', 'verdict']]
+    columns = ['n', 'n_failed', 'setting', 'baseline', 'effect', 'low', 'high', 'df', 'p', 'q']
+    return t[[*_setting, *columns, 'verdict']]
 
 # %% ../../nbs/studies/20_effects.ipynb #faf2d942
 def _interactions(d:pd.DataFrame, level:float, pooled:bool) -> pd.DataFrame:
@@ -170,8 +171,8 @@ def _interactions(d:pd.DataFrame, level:float, pooled:bool) -> pd.DataFrame:
     one = d[d.K == 1].set_index(keys).difference.rename('one')
     many = d[d.K != 1].join(one, on=keys, how='inner')
     t = _test_settings(many.assign(difference=many.difference-many.one), level, pooled)
-    return t.rename(columns=dict(effect='interaction'))[[*_setting, 'interaction', 'low',
-        'high', 'q']]
+    t = t.rename(columns=dict(effect='interaction'))
+    return t[[*_setting, 'interaction', 'low', 'high', 'q']]
 
 def flips(
     runs:pd.DataFrame,     # a row per run, of K = 1 and others
@@ -190,8 +191,8 @@ def flips(
     is_known = (t.verdict != 'unknown') & (t.verdict_one != 'unknown')
     t['changes'] = (t.verdict != t.verdict_one) & is_known
     t['differs'] = t.q < 1-level
-    return t[[*_setting, 'effect_one', 'effect', 'verdict_one', 'verdict', 'changes',
-        'interaction', 'low', 'high', 'q', 'differs']]
+    columns = ['effect_one', 'effect', 'verdict_one', 'verdict', 'changes', 'interaction']
+    return t[[*_setting, *columns, 'low', 'high', 'q', 'differs']]
 
 # %% ../../nbs/studies/20_effects.ipynb #4ba614a7
 def best_settings(

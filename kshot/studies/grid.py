@@ -47,8 +47,8 @@ class Row(NamedTuple):
     settings:dict # by name, the baseline's included
 
 # %% ../../nbs/studies/10_grid.ipynb #8ae2a292
-_SETTINGS = {f.name: f.type for f in (*fields(Config),
-    *fields(Scoring)) if f.name not in ('K', 'seed')}
+_SETTINGS = {f.name: f.type for f in (*fields(Config), *fields(Scoring))} # name -> annotation
+del _SETTINGS['K'], _SETTINGS['seed'] # a row has its own
 _SCORING = {f.name for f in fields(Scoring)}
 
 def _check_setting(name:str, value:Any):
@@ -171,8 +171,8 @@ def make_rows(
             raise ValueError(f'{name}={numbers!r}, expected whole numbers')
     factors = _changes(heuristics(baseline, K) if vary is None else vary)
     runs = itertools.product(seeds, _combinations(factors, design), K)
-    return _check_names([_make_row(space, baseline, changes, k, seed) for seed,changes,
-        k in runs])
+    rows = [_make_row(space, baseline, changes, k, seed) for seed,changes,k in runs]
+    return _check_names(rows)
 
 # %% ../../nbs/studies/10_grid.ipynb #81254ada
 def _factors(name:str, usual:float, *factors:float) -> dict: # label -> settings
@@ -201,10 +201,14 @@ def _network_heuristics(config:Config) -> dict: # heuristic -> value -> settings
     benchmark = get_benchmark(config.space)
     owners = _each('op_on', 'node', 'edge')
     owners.pop(benchmark.op_on, None) # its usual owner of weights
-    out = {'dynamic channelling': _each('channelling', 'random', 'shuffled', 'interpolated',
-        'disjoint'), 'OFA kernel': _each('kernel', 'crop',
-        'transform'), 'WSBN': {'on': dict(wsbn=True)}, 'path dropout': _each('drop_path',
-        .1, .3), 'global dropout': _each('dropout', .2, .5), 'op on node or edge': owners}
+    channellings = 'random', 'shuffled', 'interpolated', 'disjoint'
+    out = {
+        'dynamic channelling': _each('channelling', *channellings),
+        'OFA kernel': _each('kernel', 'crop', 'transform'),
+        'WSBN': {'on': dict(wsbn=True)},
+        'path dropout': _each('drop_path', .1, .3),
+        'global dropout': _each('dropout', .2, .5),
+        'op on node or edge': owners}
     if benchmark.has_cells:
         n_cells = config.n_cells or benchmark.default('n_cells')
         out['layers'] = _factors('n_cells', n_cells, .5, 2)

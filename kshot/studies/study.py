@@ -70,8 +70,9 @@ def _truth(config:Config, scoring:Scoring) -> pd.DataFrame|None: # index path, a
     "Return the stand-alone accuracies of the paths to score, None without a table."
     name = scoring.table or config.space
     if scoring.table is None and not has_table(name): return None
-    truth = get_truth(name, **reference(get_table(name), dataset=scoring.table_data,
-        split=scoring.table_split, epochs=scoring.table_epochs))
+    keys = reference(get_table(name), dataset=scoring.table_data, split=scoring.table_split,
+        epochs=scoring.table_epochs)
+    truth = get_truth(name, **keys)
     n = scoring.n_paths
     return truth.sample(n, random_state=0).sort_index() if 0 < n < len(truth) else truth
 
@@ -94,10 +95,11 @@ def measure(
         get_benchmark(config.space).n_kept)
     record = read_run(folder)
     seconds = record['seconds']
-    return dict(acc_super=scores.acc_super.mean(),
-        loss_super=scores.loss_super.mean()) | ranked | dict(n_paths=len(scores),
-        updates=record['results']['train']['updates'], seconds_train=seconds['train'],
+    means = dict(acc_super=scores.acc_super.mean(), loss_super=scores.loss_super.mean())
+    updates = record['results']['train']['updates']
+    costs = dict(n_paths=len(scores), updates=updates, seconds_train=seconds['train'],
         seconds_score=seconds['score'])
+    return means | ranked | costs
 
 # %% ../../nbs/studies/30_study.ipynb #e5f80002
 def _result(run:FilePath) -> dict|None: # None: not done
