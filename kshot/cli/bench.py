@@ -277,9 +277,9 @@ def _result(measured:dict, save:FilePath) -> tuple[dict, str]: # with versions, 
     '--space nb201 --bs 64 --bf16': 'another network, a smaller batch, in bfloat16',
     '--save step.json': 'kept in a file, with versions and machine'})
 def _step(
-    space:str='macro',   # whose network
+    space:str='macro',   # space whose network is measured
     bs:int=256,          # images a batch, at least 16
-    channels:int=0,      # of the network's stem; 0: the benchmark's
+    channels:int=0,      # channels of the network's stem; 0: the benchmark's
     px:int=0,            # pixels a side; 0: the benchmark's
     bf16:bool=False,     # compute in bfloat16
     rounds:int=20,       # steps of each contestant
@@ -297,8 +297,8 @@ def _step(
     '': 'NAS-Bench-Macro',
     '--space nb201 --rounds 1': 'NAS-Bench-201, once'})
 def _score(
-    space:str='macro',   # whose network
-    rounds:int=3,        # of each contestant; a round scores 100 paths
+    space:str='macro',   # space whose network is measured
+    rounds:int=3,        # rounds of each contestant, of 100 paths
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure how many paths are scored per second."
@@ -311,7 +311,7 @@ def _score(
     '': 'random pictures',
     '--folder /data/imagenet --augment strong': 'your images, by number of workers'})
 def _data(
-    folder:str='',       # with train/CLASS and val/CLASS; '': random pictures
+    folder:str='',       # folder with train/CLASS and val/CLASS; '': random pictures
     px:int=224,          # pixels a side
     augment:Literal['mild', 'strong']='mild', # augmentation of the images
     save:FilePath=FilePath(), # JSON file to write
@@ -336,9 +336,9 @@ def _live(
     '': 'NAS-Bench-Macro, K = 8',
     '--K 4 --save comm.json': 'K = 4, kept in a file'})
 def _comm(
-    space:str='macro',   # whose network
+    space:str='macro',   # space whose network is measured
     K:int=8,             # number of supernets
-    channels:int=0,      # of the network's stem; 0: the benchmark's
+    channels:int=0,      # channels of the network's stem; 0: the benchmark's
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Count the bytes that two processes send in a training step."
@@ -350,7 +350,7 @@ def _comm(
     '--space mobilenet_se --K 8': 'ImageNet, eight supernets',
     '--space mobilenet --widths "0.5 1.0"': 'with widths to choose from'})
 def _needs(
-    space:str='macro',   # whose network
+    space:str='macro',   # space whose network is measured
     K:int=8,             # number of supernets
     widths:str='',       # relative widths to choose from, such as "0.5 1.0"
     save:FilePath=FilePath(), # JSON file to write

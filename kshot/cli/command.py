@@ -91,13 +91,14 @@ def read_value(
 def _help(option:Option, kind:type) -> str: # comment and default
     comment = option.comment
     default = option.default
-    if default is None and 'None:' in comment: return comment.replace('None:', 'by default') # as in Python
-    if default is None: default = "the benchmark's"
+    if default is None:
+        if 'None:' in comment: return comment.replace('None:', 'by default') # nobody types None
+        default = "the benchmark's"
     if default is Parameter.empty or str(default) in ('', '.'): return comment
     if kind is bool: default = 'yes' if default else 'no'
     return f'{comment} (default: {default})'
 
-_LONG = 50 # characters of choices: more of them are listed in the help, not beside the option
+_LONG = 50 # characters; a longer list of choices stands in the help, not beside the option
 
 def add_option(
     parser,        # or a group of one

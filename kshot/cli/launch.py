@@ -24,8 +24,8 @@ from .tables import tables, text_of
 from ..jobs import Budget, by_scorer, export_run, rank_run, rank_seeds, retrain_run, search_run
 from ..rank import rank_scores
 from ..record import check_free, environment, read_run, write_run
-from ..runs import ensure_trained, score_run, train_run
 from ..retrain import RecipeName
+from ..runs import ensure_trained, score_run, train_run
 from ..search import Algorithm
 from ..tables import get_table, get_truth, reference
 
@@ -87,9 +87,9 @@ def _how_to_resume(name:str, runs:FilePath) -> str:
     '--name nb201 --space nb201 --K 8 --bf16': 'NAS-Bench-201 on CIFAR-10, half to validate',
     '--name nb201 --resume': 'go on where it was interrupted'})
 def train(
-    name:str='run',      # of the run: its folder is RUNS/NAME
+    name:str='run',      # name of the run; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
-    resume:bool=False,   # go on with an interrupted run (with its own settings)
+    resume:bool=False,   # go on with an interrupted run (whose settings hold)
     **config,
 ):
     "Train K-shot supernets; --resume goes on after the last whole epoch."
@@ -131,7 +131,7 @@ class Truth:
     '--name macro --space macro --n_paths 500': '500 paths of NAS-Bench-Macro, on CIFAR-10',
     '--name few --codes vertex --K 5': 'few-shot: the op of the first block selects the supernet'})
 def rank(
-    name:str='run',      # of the experiment, or of a trained run (with its own settings)
+    name:str='run',      # name of the experiment, or of a trained run (whose settings hold)
     runs:FilePath=FilePath('runs'), # folder of runs
     seeds:int=1,         # number of trainings, with seeds from --seed on
     n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
@@ -170,12 +170,12 @@ def _rank_text(frame:pd.DataFrame) -> str:
     '--name first --algorithm exhaustive --n_paths 625': 'every path of the digits space',
     '--name nb201 --latency_ms 5 --device pixel3': 'within a measured latency'})
 def search(
-    name:str='run',      # of a trained run
+    name:str='run',      # name of a trained run
     runs:FilePath=FilePath('runs'), # folder of runs
-    n_paths:int=200,     # paths that are scored in the end
+    n_paths:int=200,     # paths to score, those of earlier calls included
     algorithm:Algorithm='nsga2', # how the next path is found
-    seed:int=0,          # of the search
-    n_calibration:int=4, # training batches for batch norm; 0: as in kshot_rank
+    seed:int=0,          # seed of the search
+    n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     storage:str='',      # URL of a database that workers share; '': a journal in the run's folder
     budget:Budget=Budget(), # what the best path may cost
 ):
@@ -198,13 +198,13 @@ def search(
     '--name first --path 2342 --epochs 10 --seed 1': 'a path of your own',
     '--name net --recipe strong': "ImageNet's long recipe"})
 def retrain(
-    name:str='run',      # of a run
+    name:str='run',      # name of a run
     runs:FilePath=FilePath('runs'), # folder of runs
-    path:str='',         # to train, such as 0123; '': what the search found
-    recipe:RecipeName='quick', # mild and strong are for ImageNet
-    epochs:int=0,        # of training; 0: the recipe's
+    path:str='',         # path to train, such as 0123; '': the one that the search found
+    recipe:RecipeName='quick', # how to train; mild and strong are for ImageNet
+    epochs:int=0,        # epochs of training; 0: the recipe's
     bs:int=0,            # images a batch, over all processes; 0: the recipe's
-    seed:int=0,          # of weights, order and augmentation
+    seed:int=0,          # seed of weights, order and augmentation
 ):
     "Train one path alone, save it as RUNS/NAME/subnet.safetensors; repeat the command to resume."
     folder = run_folder(runs, name)
@@ -217,7 +217,7 @@ def retrain(
     '--name first': 'for torch.export',
     '--name first --onnx': 'and ONNX'})
 def export(
-    name:str='run',      # of a run whose subnet was retrained
+    name:str='run',      # name of a run whose subnet was retrained
     runs:FilePath=FilePath('runs'), # folder of runs
     onnx:bool=False,     # write ONNX too (needs the packages onnx and onnxscript)
 ):
@@ -231,11 +231,11 @@ def export(
     '--quick --name quick': 'does it work at all?',
     '--name eight --K 8 --seed 1': 'eight supernets, other random numbers'})
 def demo(
-    name:str='demo',     # the folder is RUNS/NAME
+    name:str='demo',     # name of the demo; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
     K:int=4,             # number of supernets of the K-shot run
     quick:bool=False,    # a tenth of the training, a fifth of the paths: to see that everything works
-    seed:int=0,          # of everything random
+    seed:int=0,          # seed of everything random
 ):
     "Train K-shot and one-shot supernets on digits, rank, search, retrain; repeat to resume."
     started = time.monotonic()

@@ -56,7 +56,7 @@ def _about(table:Table) -> tuple[dict, str]:
     '': 'Digits-Bench',
     'nb201': 'NAS-Bench-201, and the devices that its latencies are of'})
 def _show(
-    name:str='digits', # of a table, or a .parquet file
+    name:str='digits', # name of a table, or a .parquet file
 ):
     "Show what a table holds: data sets, splits, epochs, seeds and devices."
     return _about(get_table(name))
@@ -67,8 +67,8 @@ def _show(
     'macro': 'from the data folder',
     'nb201 NAS-Bench-201-v1_1-096897.pth --save_as nb201_full': 'under another name'})
 def _import(
-    name:str,         # of the benchmark
-    source:str='',    # file or folder, as its authors publish it; '': what the data folder has
+    name:str,         # name of the benchmark
+    source:str='',    # file or folder that its authors publish; '': the one in the data folder
     save_as:str='',   # name of the table; '': the benchmark's
 ):
     "Import a table from its authors' files."
@@ -79,11 +79,11 @@ def _import(
     '': 'every path of Digits-Bench',
     'nb201 --dataset cifar100 --n_paths 1000': 'a thousand paths of NAS-Bench-201'})
 def _baselines(
-    name:str='digits', # of a table, or a .parquet file
-    dataset:str|None=None, # of the accuracies
-    split:Literal['valid', 'test']|None=None, # of the accuracies
-    epochs:int|None=None, # of stand-alone training
-    n_paths:int=0,     # drawn at random; 0: all
+    name:str='digits', # name of a table, or a .parquet file
+    dataset:str|None=None, # data set of the accuracies
+    split:Literal['valid', 'test']|None=None, # split of the accuracies
+    epochs:int|None=None, # epochs of stand-alone training
+    n_paths:int=0,     # paths to draw at random; 0: all
 ):
     "Rank the paths of a table by counting, and by other seeds of the same training."
     table = get_table(name)
@@ -97,8 +97,8 @@ def _baselines(
     '': 'Digits-Bench anew: hours of one core',
     'digits --epochs 5 --seeds 1': 'sooner done'})
 def _make(
-    name:str='digits',  # of a space whose network trains on its own data
-    epochs:int=20,      # of each training
+    name:str='digits',  # name of a space whose network trains on its own data
+    epochs:int=20,      # epochs of each training
     seeds:int=3,        # trainings of each path
     workers:int=0,      # processes; 0: one a core
     runs:FilePath=FilePath('runs'), # the table is written to RUNS/tables
