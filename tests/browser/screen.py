@@ -122,7 +122,7 @@ class Notebook:
     def wait_idle(self, timeout:float=240):
         self.wait('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout)
 
-    def until(self, condition:str, timeout:float=60, arg=None):
+    def until(self, condition:str, timeout:float=120, arg=None):
         "Wait until a JavaScript function returns true."
         self.page.wait_for_function(condition, arg=arg, timeout=timeout*1000)
 

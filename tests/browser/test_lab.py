@@ -86,7 +86,7 @@ def test_views_closed_while_training(lab, notebook):
     write_notebook(lab.root/'closed.ipynb', TRAINING, FIT, OUTCOME)
     nb = notebook('closed.ipynb')
     nb.run_all()
-    nb.until(f"() => {STATUS}.filter(s => /epoch \\d of 5/.test(s)).length == 2", 60)
+    nb.until(f"() => {STATUS}.filter(s => /epoch \\d of 5/.test(s)).length == 2")
     lines = nb.page.evaluate(f'() => {STATUS}')
     assert len(lines) == 2 and len(set(lines)) == 1 # both say the same
     nb.menu('Edit', 'Clear Outputs of All Cells')
@@ -118,7 +118,7 @@ def test_a_page_that_reports_too_early(lab, notebook):
     nb.page.wait_for_timeout(1500)
     assert gate.held
     gate.open()
-    nb.wait('text=1 heard while busy', 30)
+    nb.wait('text=1 heard while busy')
 
 # whether the buttons of a figure `g` lie over its title
 BUTTONS_OVER_TITLE = """(() => {
@@ -154,7 +154,7 @@ class Brush:
     def choose(self, x, y) -> int: # number of paths
         before = self.status.inner_text()
         self.drag(x, y)
-        self.nb.until('([o, before]) => o.innerText != before', 20, [self.status.element_handle(), before])
+        self.nb.until('([o, before]) => o.innerText != before', 60, [self.status.element_handle(), before])
         after = self.status.inner_text()
         self.nb.page.wait_for_timeout(700)
         assert self.status.inner_text() == after # though sliders round
@@ -256,7 +256,7 @@ def test_live_search(lab, notebook):
     write_notebook(lab.root/'search.ipynb', SEARCH, RUN, TAKEN)
     nb = notebook('search.ipynb')
     nb.run_all()
-    nb.until("() => document.querySelector('.js-plotly-plot')?.data[0]?.x.length > 12", 90)
+    nb.until("() => document.querySelector('.js-plotly-plot')?.data[0]?.x.length > 12")
     front = nb.page.locator('.js-plotly-plot').first
     front.hover()
     status = nb.wait('text=/paths; the figure holds still under the pointer/').inner_text()
@@ -267,7 +267,7 @@ def test_live_search(lab, notebook):
         front.locator('.hovertext', has_text=name).wait_for() # a person clicks on what the label names
         nb.page.mouse.click(x, y)
         chosen = [front.element_handle(), f'chosen: {name}']
-        nb.until('([g, name]) => g.data[2]?.name == name', 30, chosen)
+        nb.until('([g, name]) => g.data[2]?.name == name', arg=chosen)
     nb.until(f"before => {STATUS}[0] != before", arg=status) # others are scored all the time
     assert front.evaluate('g => g.data[0].x.length') == n_drawn
     nb.shot('held')
