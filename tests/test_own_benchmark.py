@@ -1,4 +1,4 @@
-"A user's own benchmark, written `module:name`, through every command; and what such a spelling must never import"
+"A user's own benchmark, `module:name`, in every command; and what must never be imported"
 import json
 import os
 import subprocess
@@ -16,15 +16,15 @@ from kshot.base.distributed import World
 from kshot.benchmark import Benchmark, Training
 from kshot.data import TensorLoader, loaders
 from kshot.space import Block, Space
-from stripes_ops import OPS
+from stripes_ops import make_ops
 
-space = Space('stripes', tuple(Block(f'block {l}', tuple(OPS)) for l in range(2)))
+space = Space('stripes', tuple(Block(f'block {l}', ('conv1', 'conv3')) for l in range(2)))
 
 class Net(nn.Module):
     def __init__(self, channels=4, n_classes=2):
         super().__init__()
         self.stem = nn.Conv2d(1, channels, 1)
-        self.blocks = nn.ModuleList(nn.ModuleList(make(channels) for make in OPS.values()) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.ModuleList(make_ops(channels)) for _ in range(2))
         self.head = nn.Linear(channels, n_classes)
 
     def forward(self, x, path):
@@ -45,15 +45,19 @@ def images(bs=32, seed=0, passes=1, shard=World()):
     train = TensorLoader(*splits[0], bs, shuffle=True, seed=seed, passes=passes, shard=shard)
     return loaders(2, train, *(TensorLoader(*split, bs=32, shard=shard) for split in splits[1:]))
 
-my_benchmark = Benchmark('stripes', space, Net, (1,6,6), Training(epochs=2, bs=32, lr=.1), data=images)
+recipe = Training(epochs=2, bs=32, lr=.1)
+my_benchmark = Benchmark('stripes', space, Net, (1,6,6), recipe, data=images)
 without_recipe = Benchmark('bare', space, Net, (1,6,6), data=images)
-without_data = Benchmark('empty', space, Net, (1,6,6), Training(epochs=2, bs=32, lr=.1))
+without_data = Benchmark('empty', space, Net, (1,6,6), recipe)
 '''
 OPS = '''
 from torch import nn
 
-OPS = {'conv1': lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.ReLU()),
-       'conv3': lambda c: nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU())}
+def conv(channels, kernel):
+    convolution = nn.Conv2d(channels, channels, kernel, padding=kernel//2)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU())
+
+def make_ops(channels): return [conv(channels, 1), conv(channels, 3)]
 '''
 SPACE = 'stripes_module:my_benchmark'
 
@@ -79,7 +83,8 @@ def folder(tmp_path_factory):
     "A folder with the module, a trained run and a table."
     folder = write_modules(tmp_path_factory.mktemp('own'))
     result('train', folder, '--space', SPACE, '--K', '2', '--name', 'run')
-    made = result('tables', folder, 'make', SPACE, '--epochs', '1', '--seeds', '1', '--workers', '1', '--runs', 'home')
+    quick = '--epochs', '1', '--seeds', '1', '--workers', '1'
+    made = result('tables', folder, 'make', SPACE, *quick, '--runs', 'home')
     assert (made['space'], made['name']) == (SPACE, 'stripes')
     return folder
 
@@ -87,7 +92,8 @@ def record(folder, name='run'): return json.loads((folder/'runs'/name/'run.json'
 
 def test_a_run_keeps_the_spelling_and_the_recipe(folder):
     config = record(folder)['config']
-    assert (config['space'], config['data'], config['epochs'], config['bs'], config['lr']) == (SPACE, 'own', 2, 32, .1)
+    expected = dict(space=SPACE, data='own', epochs=2, bs=32, lr=.1)
+    assert config.items() >= expected.items()
 
 def test_a_run_resumes_in_a_new_process(folder):
     result('train', folder, '--space', SPACE, '--name', 'resumed', '--K', '1')
@@ -95,7 +101,7 @@ def test_a_run_resumes_in_a_new_process(folder):
     halfway = json.loads(fname.read_text())
     del halfway['results']['train'] # as if it had been killed in its second epoch
     fname.write_text(json.dumps(halfway))
-    for checkpoint in (folder/'runs'/'resumed'/'checkpoint').glob('epoch_00002*'): checkpoint.unlink()
+    for checkpoint in fname.parent.glob('checkpoint/epoch_00002*'): checkpoint.unlink()
     assert result('train', folder, '--name', 'resumed', '--resume')['epoch'] == 2
 
 def test_ranks_against_the_table_in_the_users_home(folder):
@@ -116,29 +122,37 @@ def test_search_retrain_export(folder):
 
 def test_a_study_of_it(folder):
     (folder/'study.toml').write_text(f'K = [1]\nseeds = 1\n["{SPACE}"]\nepochs = 1\nvary = {{}}\n')
-    done = result('study', folder, 'study.toml', '--name', 'study', '--workers', '1', module='studies.study')
-    assert json.dumps(done)
+    argv = 'study.toml', '--name', 'study', '--workers', '1'
+    result('study', folder, *argv, module='studies.study')
     row, = (folder/'runs'/'study').glob('stripes_module*')
-    assert json.loads((row/'run.json').read_text())['results']['row'].keys() >= {'tau', 'tau_macs'} # there is a table
+    measured = json.loads((row/'run.json').read_text())['results']['row']
+    assert measured.keys() >= {'tau', 'tau_macs'} # there is a table
 
 def test_no_recipe_and_no_data(folder):
-    code, _, err = call('train', folder, '--space', 'stripes_module:without_recipe', '--name', 'bare')
-    assert code == 2 and "space 'stripes_module:without_recipe' has no recipe, expected values for epochs, bs, lr" in err
-    args = '--epochs', '1', '--bs', '32', '--lr', '.1'
-    assert result('train', folder, '--space', 'stripes_module:without_recipe', '--name', 'bare', *args)['epoch'] == 1
-    code, _, err = call('train', folder, '--space', 'stripes_module:without_data', '--name', 'empty')
+    argv = '--space', 'stripes_module:without_recipe', '--name', 'bare'
+    code, _, err = call('train', folder, *argv)
+    assert code == 2 and 'has no recipe, expected values for epochs, bs, lr' in err
+    recipe = '--epochs', '1', '--bs', '32', '--lr', '.1'
+    assert result('train', folder, *argv, *recipe)['epoch'] == 1
+    argv = '--space', 'stripes_module:without_data', '--name', 'empty'
+    code, _, err = call('train', folder, *argv)
     assert code == 2 and 'expected a data set' in err and err.count('\n') == 1
     assert not (folder/'runs'/'empty').exists()
 
-BAD = {'missing:benchmark': "module 'missing' is neither installed nor in the folder",
-       'broken:benchmark': "module 'broken' cannot be imported: ZeroDivisionError: division by zero",
-       'quits:benchmark': "module 'quits' cannot be imported: SystemExit: 3",
-       'stripes_module:other': "expected a Benchmark called 'other' in module 'stripes_module', not NoneType",
-       'stripes_module:Net': "expected a Benchmark called 'Net' in module 'stripes_module', not type",
-       'json:dumps': "expected a Benchmark called 'dumps' in module 'json', not function",
-       '../outside:benchmark': 'expected module:name', '/tmp/outside:benchmark': 'expected module:name',
-       'linked:my_benchmark': "module 'linked' leads out of the folder", 'stripes_module:': 'expected module:name',
-       'stripes_module': "'stripes_module', expected one of digits"}
+BAD = {
+    'missing:benchmark': "module 'missing' is neither installed nor in the folder",
+    'broken:benchmark': "module 'broken' cannot be imported: ZeroDivisionError: division by zero",
+    'quits:benchmark': "module 'quits' cannot be imported: SystemExit: 3",
+    'stripes_module:other': "a Benchmark called 'other' in module 'stripes_module', not NoneType",
+    'stripes_module:Net': "a Benchmark called 'Net' in module 'stripes_module', not type",
+    'json:dumps': "expected a Benchmark called 'dumps' in module 'json', not function",
+    '../outside:benchmark': 'expected module:name',
+    '/tmp/outside:benchmark': 'expected module:name',
+    'linked:my_benchmark': "module 'linked' leads out of the folder",
+    'stripes_module:': 'expected module:name',
+    'stripes_module': "'stripes_module', expected one of digits"}
+
+INTRUDER = 'open("imported by accident", "w")'
 
 @pytest.mark.parametrize('spelling', BAD)
 def test_a_bad_spelling_is_one_line_and_writes_nothing(spelling, tmp_path):
@@ -149,7 +163,7 @@ def test_a_bad_spelling_is_one_line_and_writes_nothing(spelling, tmp_path):
         write_modules(folder)
     (inside/'broken.py').write_text('1/0')
     (inside/'quits.py').write_text('raise SystemExit(3)')
-    (inside/'json.py').write_text('open("imported by accident", "w")')
+    (inside/'json.py').write_text(INTRUDER)
     (inside/'linked.py').symlink_to(outside/'stripes_module.py')
     for name,*args in (('train',), ('rank',), ('tables', 'make')):
         code, _, err = call(name, inside, *args, *([spelling] if args else ['--space', spelling]))
@@ -159,9 +173,11 @@ def test_a_bad_spelling_is_one_line_and_writes_nothing(spelling, tmp_path):
 def test_the_folder_is_searched_only_for_a_spelling(tmp_path):
     "In earnest: nothing else is imported from there, before or after."
     write_modules(tmp_path)
-    for name in ('json', 'torch', 'kshot', 'platform'): (tmp_path/f'{name}.py').write_text('open("imported by accident", "w")')
+    for name in ('json', 'torch', 'kshot', 'platform'): (tmp_path/f'{name}.py').write_text(INTRUDER)
     argv = ['--space', SPACE, '--K', '1', '--epochs', '1', '--name', 'run']
     code = f'import sys; from kshot.cli.command import train; train({argv})'
-    done = subprocess.run([sys.executable, '-P', '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    python = [sys.executable, '-P', '-c', code]
+    done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path/'runs'/'run'/'report.html').exists() and not (tmp_path/'imported by accident').exists()
+    assert (tmp_path/'runs'/'run'/'report.html').exists()
+    assert not (tmp_path/'imported by accident').exists()

@@ -1,4 +1,4 @@
-"Heuristics of weight sharing and their combinations: subnets and K supernets of every kind of network"
+"Heuristics of weight sharing and their combinations: subnets and supernets of all networks"
 import numpy as np
 import pytest
 import torch
