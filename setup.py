@@ -25,6 +25,8 @@ class BuildTyped(build_py):
         if getattr(self, 'editable_mode', False): return
         write_stubs(ROOT/package, Path(self.build_lib)/package)
 
+nbdev = f'{settings["lib_name"]}={package}._modidx:d'
+
 setup(
     name=settings['lib_name'],
     version=settings['version'],
@@ -42,6 +44,6 @@ setup(
     python_requires='>=' + settings['min_python'],
     install_requires=names('requirements'),
     extras_require={'dev': names('dev_requirements')},
-    entry_points={'console_scripts': names('console_scripts'), 'nbdev': [f'{settings["lib_name"]}={package}._modidx:d']},
+    entry_points={'console_scripts': names('console_scripts'), 'nbdev': [nbdev]},
     zip_safe=False,
 )

@@ -10,11 +10,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT/'tests'/'helpers'), str(ROOT/'tools')]
 
 MARKS = dict(slow='takes more than 20 s', cuda='needs a GPU') # the words of `tst_flags` in settings.ini
-LAST = 'test_distributed', 'test_imagenet', 'test_launch', 'test_study' # several processes each: not beside the browser
+# several processes each: not beside the browser
+LAST = 'test_distributed', 'test_imagenet', 'test_launch', 'test_study'
 SOURCES = 'settings.ini setup.py MANIFEST.in README.md LICENSE CHANGELOG.md _quarto.yml'.split()
 
 def pytest_addoption(parser):
-    parser.addoption('--flags', default='', help='marks to run that are left out otherwise, as in nbdev_test: "slow cuda"')
+    explained = 'marks to run that are left out otherwise, as in nbdev_test: "slow cuda"'
+    parser.addoption('--flags', default='', help=explained)
 
 def pytest_configure(config):
     for name,why in MARKS.items(): config.addinivalue_line('markers', f'{name}: {why}')

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import median
 
+import density
 import pytest
 import yaml
 from conftest import ROOT, copy_tree
@@ -18,6 +19,7 @@ from nbdev.doclinks import nbglob
 
 NBS = ROOT/'nbs'
 LIB = ROOT/'kshot'
+SCRIPTS = sorted([ROOT/'setup.py', *(ROOT/'tests').rglob('*.py'), *(ROOT/'tools').glob('*.py')])
 MAX_CELL = 45    # lines of an exported cell
 MEDIAN_CELL = 22 # half of them are shorter
 MAX_ROOM = 500   # exported lines of a room
@@ -134,7 +136,8 @@ def test_notebook_begins_as_all_do(room):
     assert code[0].strip() == f'#| default_exp {room}'
     assert re.match(r'# .+\n\n> .+', title)
     body = ast.parse(exported(ROOMS[room])[0]).body
-    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in body), 'the first exported cell is for imports'
+    is_import = [isinstance(node, ast.Import | ast.ImportFrom) for node in body]
+    assert all(is_import), 'the first exported cell is for imports'
 
 @each_module
 def test_imports_go_down(module):
@@ -158,6 +161,18 @@ def test_page_is_light(page): assert page.stat().st_size < 300_000
 
 # density
 
+def test_one_thought_a_line():
+    counts = density.figures(ROOT)
+    limits = {'lines over 110': 0, 'characters, 90th percentile': 90, 'lambdas with a name': 0,
+              'lines with two statements': 0}
+    over = {name: counts[name] for name,limit in limits.items() if counts[name] > limit}
+    assert not over, '`python tools/density.py` shows all figures'
+
+@pytest.mark.parametrize('fname', SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_scripts_are_narrow(fname):
+    wide = [line for line in fname.read_text(encoding='utf-8').splitlines() if len(line) > 110]
+    assert not wide
+
 @each_room
 def test_exported_cells_are_short(room):
     long = [code.splitlines()[0] for code in exported(ROOMS[room]) if len(code.splitlines()) > MAX_CELL]
@@ -174,15 +189,18 @@ def test_rooms_are_not_long(room):
 # names
 
 # a word that is not used -> the one that is
-SYNONYMS = dict(arch='path', archs='paths', genotype='path', cand='op', cands='ops', flops='macs', n_flops='macs', num_params='n_params',
-                ckpt='checkpoint', filename='fname', filepath='fname', cfg='config', val_acc='acc_valid', test_acc='acc_alone')
+SYNONYMS = dict(arch='path', archs='paths', genotype='path', cand='op', cands='ops', flops='macs',
+                n_flops='macs', num_params='n_params', ckpt='checkpoint', filename='fname', filepath='fname',
+                cfg='config',
+                val_acc='acc_valid', test_acc='acc_alone')
 # benchmarks in their own words; the architecture of a machine
 EXCEPTIONS = {'spaces': {'genotype'}, 'datasets.importers': {*SYNONYMS}, 'record': {'arch'}}
 
 def names_in(source:str) -> set[str]:
     "Return every name that code uses, defines or passes."
     nodes = list(ast.walk(ast.parse(source)))
-    return {getattr(node, key) for key in ('id', 'arg', 'attr', 'name') for node in nodes if getattr(node, key, None)}
+    values = [getattr(node, key, None) for node in nodes for key in ('id', 'arg', 'attr', 'name')]
+    return set(filter(None, values))
 
 @each_room
 def test_one_word_per_thing(room):
@@ -203,7 +221,8 @@ def definitions(
             targets = [t for target in node.targets for t in ast.walk(target)]
             names = [t.id for t in targets if isinstance(t, ast.Name)]
         elif not isinstance(node, ast.FunctionDef | ast.ClassDef): continue
-        elif any('patch' in ast.unparse(d) for d in node.decorator_list): names = [ast.unparse(node.args.args[0].annotation)]
+        elif any('patch' in ast.unparse(d) for d in node.decorator_list):
+            names = [ast.unparse(node.args.args[0].annotation)]
         else: names = [node.name]
         for name in names: out.setdefault(name, []).append(node)
     return out
@@ -228,8 +247,11 @@ def bare_parameters(
     comment = ''
     for parameter in filter(None, parameters):
         line = lines[parameter.lineno-1]
-        if '# ' in line: comment = line
-        elif parameter.arg != 'self' and not re.search('so are the|as there', comment): bare.append(parameter.arg)
+        if '# ' in line:
+            comment = line
+            continue
+        is_explained = parameter.arg == 'self' or re.search('so are the|as there', comment)
+        if not is_explained: bare.append(parameter.arg)
     return bare
 
 @each_module
@@ -257,10 +279,11 @@ def words_of_tests() -> set[str]:
 def words_by_place() -> dict[str, set[str]]:
     "Return the words of each page, each definition (`module:name`), the README and the tests."
     places = {name_of(p): words('\n'.join(cells(p))) for p in PAGES}
-    places |= {fname: words((ROOT/fname).read_text(encoding='utf-8')) for fname in ('README.md', 'settings.ini')}
+    for fname in 'README.md', 'settings.ini': places[fname] = words((ROOT/fname).read_text(encoding='utf-8'))
     for module in MODULES:
         for name,nodes in definitions(module).items():
-            if name != '__all__': places[f'{module_of(module)}:{name}'] = words('\n'.join(map(ast.unparse, nodes)))
+            if name == '__all__': continue
+            places[f'{module_of(module)}:{name}'] = words('\n'.join(map(ast.unparse, nodes)))
     return places | {'tests': words_of_tests()}
 
 @each_module
@@ -297,19 +320,23 @@ def test_sidebar_names_every_notebook_in_order():
     sidebar = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']['sidebar']
     named = files_in(sidebar['contents'])
     assert sorted(named) == sorted(map(name_of, NOTEBOOKS))
-    for wing in ('', *WINGS):
-        rooms = [fname for fname in named if re.match(r'\d', Path(fname).name) and str(Path(fname).parent) == (wing or '.')]
-        assert rooms == sorted(rooms)
+    rooms = [fname for fname in named if re.match(r'\d', Path(fname).name)]
+    for wing in ('.', *WINGS):
+        inside = [fname for fname in rooms if str(Path(fname).parent) == wing]
+        assert inside == sorted(inside)
 
 # nbdev
 
-def sources(root:Path) -> dict: return {p.relative_to(root): p.read_text(encoding='utf-8') for p in (root/'kshot').rglob('*.py')}
+def sources(root:Path) -> dict: # file -> text
+    files = (root/'kshot').rglob('*.py')
+    return {fname.relative_to(root): fname.read_text(encoding='utf-8') for fname in files}
 
 def test_export_is_in_sync(tmp_path):
     tree = copy_tree(tmp_path/'tree')
     for p in (tree/'kshot').rglob('*.py'):
         if p.name != '__init__.py': p.unlink()
-    env = {key: value for key,value in os.environ.items() if key != 'IN_TEST'} # with it nbdev_export does nothing
+    env = os.environ.copy()
+    env.pop('IN_TEST', None) # with it nbdev_export does nothing
     subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=tree, env=env, check=True)
     stale = {fname for fname,_ in sources(tree).items() ^ sources(ROOT).items()}
     assert not stale, 'run `nbdev_export`'

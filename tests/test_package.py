@@ -19,12 +19,14 @@ INI = ConfigParser(delimiters='=', interpolation=None)
 INI.read(ROOT/'settings.ini')
 SETTINGS = INI['DEFAULT']
 FILES = [p for p in (ROOT/'kshot').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-MODULES = sorted('.'.join(p.relative_to(ROOT/'kshot').with_suffix('').parts) for p in FILES if p.suffix == '.py' and p.name[0] != '_')
+SOURCES = [p.relative_to(ROOT/'kshot') for p in FILES if p.suffix == '.py' and p.name[0] != '_']
+MODULES = sorted('.'.join(p.with_suffix('').parts) for p in SOURCES)
 SCRIPTS = dict(script.split('=') for script in SETTINGS['console_scripts'].split())
 REQUIREMENTS = SETTINGS['requirements'].split()
 # module -> packages that its import must not load
-LIGHT = {'space': ['torch', 'pandas'], 'spaces': ['torch', 'pandas'], 'rank': ['torch'], 'search': ['torch'], 'networks': ['fastai'],
-         'supernet': ['fastai'], 'cli.command': ['torch', 'numpy'], 'cli.doctor': ['torch', 'numpy']}
+LIGHT = {'space': ['torch', 'pandas'], 'spaces': ['torch', 'pandas'], 'rank': ['torch'], 'search': ['torch'],
+         'networks': ['fastai'], 'supernet': ['fastai'], 'cli.command': ['torch', 'numpy'],
+         'cli.doctor': ['torch', 'numpy']}
 
 def run(
     *cmd,          # command and arguments
@@ -54,7 +56,8 @@ def test_no_module_needs_nbdev():
 def dist(tmp_path_factory):
     "Folder with an sdist and the wheel that was built from it"
     tmp = tmp_path_factory.mktemp('package')
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp/'dist', copy_tree(tmp/'tree'), cwd=tmp)
+    tree = copy_tree(tmp/'tree')
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp/'dist', tree, cwd=tmp)
     return tmp/'dist'
 
 @pytest.fixture(scope='session')
@@ -70,7 +73,8 @@ def test_wheel_is_complete(wheel):
     assert 'kshot/py.typed' in names
 
 def test_sdist_builds_by_itself(dist):
-    with tarfile.open(*dist.glob('*.tar.gz')) as archive: names = {name.partition('/')[2] for name in archive.getnames()}
+    with tarfile.open(*dist.glob('*.tar.gz')) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
     assert {'setup.py', 'tools/stubs.py', 'settings.ini', 'README.md', 'LICENSE', 'CHANGELOG.md'} <= names
 
 def info_of(wheel:dict, name:str) -> str: # a file of its metadata
@@ -99,7 +103,9 @@ def test_script_has_its_function(script):
     assigned = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
     assert function in assigned
 
-def test_version(): assert f'__version__ = "{SETTINGS["version"]}"' in (ROOT/'kshot'/'__init__.py').read_text()
+def test_version():
+    text = (ROOT/'kshot'/'__init__.py').read_text()
+    assert f'__version__ = "{SETTINGS["version"]}"' in text
 
 def test_every_floor_is_said():
     assert all('>=' in r and '<' not in r for r in REQUIREMENTS)
@@ -116,8 +122,8 @@ text: str = space.format(paths[0])
 n: int = space.n_paths
 """
 # line -> what mypy says of it
-WRONG = {"space.parse()": 'call-arg', "space.format('0123')": 'arg-type', "m: str = space.n_paths": 'assignment',
-         "space.samples": 'attr-defined', "get_space(5)": 'arg-type'}
+WRONG = {"space.parse()": 'call-arg', "space.format('0123')": 'arg-type', "space.samples": 'attr-defined',
+         "m: str = space.n_paths": 'assignment', "get_space(5)": 'arg-type'}
 # a method may take other arguments than a torch layer's; other packages are their own affair
 MYPY = """[mypy]
 ignore_missing_imports = True
@@ -126,7 +132,8 @@ disable_error_code = override
 check_untyped_defs = True
 """
 # a command takes `argv`, whatever the function takes that it wraps; traitlets has a metaclass
-KNOWN = [rf'kshot\.(cli|studies)\.(command|launch|study|bench|doctor)\.{script.partition(":")[2]}' for script in SCRIPTS.values()]
+COMMANDS = '|'.join(script.partition(':')[2] for script in SCRIPTS.values())
+KNOWN = [rf'kshot\.(cli|studies)\.\w+\.({COMMANDS})']
 KNOWN += [r'kshot\.lab\.\w+\.(AccuracyExplorer|CodeExplorer|LivePanel|Panel|RankDashboard|Window)']
 
 @pytest.fixture(scope='session')
@@ -158,17 +165,18 @@ def test_user_is_checked(typed):
 def test_annotations_are_true(typed):
     "The stubs agree with themselves, and with the signatures of everything that can be imported."
     (typed/'known').write_text('\n'.join(KNOWN) + '\n')
-    code, out = mypy(typed, 'mypy.stubtest', 'kshot', '--mypy-config-file', 'mypy.ini', '--concise', '--ignore-missing-stub',
-                     '--allowlist', 'known', '--ignore-unused-allowlist')
+    options = '--concise', '--ignore-missing-stub', '--allowlist', 'known', '--ignore-unused-allowlist'
+    code, out = mypy(typed, 'mypy.stubtest', 'kshot', '--mypy-config-file', 'mypy.ini', *options)
     assert code == 0, out
 
 # the wheel alone, at both ends of the versions that it allows
 
 HEAVY = 'torch', 'torchgen', 'functorch', 'triton', 'nvidia', 'cuda*', 'nvidia_*'
 TIMED = 'kshot.space', 'kshot.supernet', 'kshot.train', 'kshot.cli.launch'
+KINDS = dict(wheel='*.whl', sdist='*.tar.gz')
 
 def seconds(python:Path, module:str, cwd:Path) -> dict:
-    "Return the median over five fresh interpreters of what an import takes: on the clock, and of the processor."
+    "Return the time that an import takes on the clock and of the processor: medians of five interpreters."
     clocks = 'time.perf_counter(), time.process_time()'
     code = f'import time; a, b = {clocks}; import {module}; c, d = {clocks}; print(c-a, d-b)'
     runs = [run(python, '-W', 'ignore', '-c', code, cwd=cwd).split() for _ in range(5)]
@@ -183,7 +191,7 @@ def size(folder:Path, names=('*',)) -> int: # MB
 def measured(dist:Path, python:Path, cwd:Path) -> dict:
     "Return sizes and times of an installation."
     site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
-    kB = {name: round(next(dist.glob(pattern)).stat().st_size/1e3) for name,pattern in (('wheel_kB', '*.whl'), ('sdist_kB', '*.tar.gz'))}
+    kB = {f'{kind}_kB': round(next(dist.glob(pattern)).stat().st_size/1e3) for kind,pattern in KINDS.items()}
     MB = dict(installed_MB=size(site), of_it_torch_and_cuda_MB=size(site, HEAVY))
     return kB | MB | dict(imports={module: seconds(python, module, cwd) for module in TIMED})
 
@@ -192,15 +200,17 @@ def release(version:str) -> list[int]: # major and minor
 
 def check_floors(versions:dict): # of an installation
     floors = dict(requirement.split('>=') for requirement in REQUIREMENTS)
-    off = {name: versions[name] for name,floor in floors.items() if release(versions[name])[:1+floor.count('.')] != release(floor)}
-    assert not off
+    for name,floor in floors.items():
+        n_numbers = 1 + floor.count('.')
+        assert release(versions[name])[:n_numbers] == release(floor), f'{name} {versions[name]}'
 
 def record(fname:Path, end:str, versions:dict, demo:dict, sizes:dict):
     "Put what was measured of one installation into a file."
     names = ['python', *(requirement.partition('>=')[0] for requirement in REQUIREMENTS)]
     taus = {name: round(demo['results']['rank'][name]['tau'], 3) for name in ('kshot', 'one_shot')}
-    about = dict(versions={name: versions[name] for name in names}, commit=run('git', 'log', '-1', '--format=%h').strip(),
-                 machine=demo['machine'], demo_seconds=demo['seconds']['demo'], demo_tau=taus)
+    commit = run('git', 'log', '-1', '--format=%h').strip()
+    about = dict(versions={name: versions[name] for name in names}, commit=commit, machine=demo['machine'],
+                 demo_seconds=demo['seconds']['demo'], demo_tau=taus)
     before = json.loads(fname.read_text()) if fname.exists() else {}
     rows = {**before, f'{end}, Python {versions["python"]}': about | sizes}
     fname.write_text(json.dumps(rows, indent=1) + '\n')
@@ -208,12 +218,16 @@ def record(fname:Path, end:str, versions:dict, demo:dict, sizes:dict):
 @pytest.mark.slow
 @pytest.mark.parametrize('end', ['lowest-direct', 'highest'])
 def test_library_alone(dist, tmp_path, end):
-    "The wheel without extras, so without nbdev, on the oldest and the newest versions; KSHOT_RECORD names a file for what is measured"
+    """The wheel without extras, so without nbdev, on the oldest and the newest versions.
+
+    `KSHOT_RECORD` names a file for what is measured.
+    """
     uv = shutil.which('uv') or Path(sys.executable).with_name('uv')
     bin = tmp_path/'venv'/'bin'
     python = bin/'python'
     run(uv, 'venv', '--python', os.environ.get('KSHOT_PYTHON', sys.executable), tmp_path/'venv')
-    run(uv, 'pip', 'install', '--compile-bytecode', '--python', python, '--resolution', end, *dist.glob('*.whl'), *REQUIREMENTS)
+    options = '--compile-bytecode', '--python', python, '--resolution', end
+    run(uv, 'pip', 'install', *options, *dist.glob('*.whl'), *REQUIREMENTS)
     listed = json.loads(run(uv, 'pip', 'list', '--python', python, '--format', 'json'))
     versions = {package['name']: package['version'] for package in listed}
     assert 'nbdev' not in versions

@@ -51,7 +51,8 @@ def is_nested_comprehension(node:ast.AST) -> bool:
 
 def is_parallel(node:ast.AST) -> bool:
     "Return whether an assignment is several assignments in one."
-    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+    if not isinstance(node, ast.Assign): return False
+    return all(isinstance(side, ast.Tuple) for side in (node.targets[0], node.value))
 
 def n_parameters(node:ast.AST) -> int:
     "Count the named parameters of a function, `self` not among them."
@@ -72,8 +73,9 @@ def walruses(tree:ast.AST) -> int:
 
 def shared_lines(tree:ast.AST) -> int:
     "Count lines that hold two statements or more, divided by semicolons."
-    bodies = [getattr(n, name) for n in ast.walk(tree) for name in ('body', 'orelse', 'finalbody') if isinstance(getattr(n, name, None), list)]
-    pairs = [pair for body in bodies for pair in zip(body, body[1:])]
+    names = 'body', 'orelse', 'finalbody'
+    bodies = [getattr(node, name, None) for node in ast.walk(tree) for name in names]
+    pairs = [pair for body in bodies if isinstance(body, list) for pair in zip(body, body[1:])]
     return len({second.lineno for first,second in pairs if first.end_lineno == second.lineno})
 
 def cells_of(
@@ -87,7 +89,8 @@ def is_exported(cell:dict) -> bool: return re.match(r'#\|\s*exporti?\b', cell['s
 
 def is_shown(cell:dict) -> bool:
     "Return whether a cell shows the reader a value: it ends in an expression that is no test."
-    if cell['cell_type'] != 'code' or re.match(r'#\|\s*(export|hide|default_exp)', cell['source']): return False
+    if cell['cell_type'] != 'code': return False
+    if re.match(r'#\|\s*(export|hide|default_exp)', cell['source']): return False
     try: body = ast.parse(re.sub(r'^[%!].*$', '', cell['source'], flags=re.M)).body
     except SyntaxError: return False
     if not body or not isinstance(body[-1], ast.Expr): return False
@@ -103,7 +106,7 @@ def figures(
     nodes = [node for module in trees for node in ast.walk(module)]
     cells = [cell for fname in rooms_of(tree) for cell in cells_of(fname)]
     exported = [len(code_lines(cell['source'])) for cell in cells if is_exported(cell)]
-    sections = sum(len(re.findall(r'^## ', cell['source'], re.M)) for cell in cells if cell['cell_type'] == 'markdown')
+    prose = '\n'.join(cell['source'] for cell in cells if cell['cell_type'] == 'markdown')
     return {
         'lines': len(lengths),
         'median characters a line': median(lengths),
@@ -120,7 +123,7 @@ def figures(
         'exported cells': len(exported),
         'exported cell, median lines': median(exported),
         'exported cell, longest': max(exported),
-        'sections': sections,
+        'sections': len(re.findall(r'^## ', prose, re.M)),
         'shown examples': sum(map(is_shown, cells)),
     }
 
@@ -134,7 +137,8 @@ def checkout(
     return folder
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument('trees', nargs='*', default=['.'], help='commits; . is the working tree')
     names = parser.parse_args().trees
     columns = []

@@ -1,7 +1,9 @@
-"""Do the tests notice? Break functions drawn at random, one small change each, in a copy of the project, and run what should fail.
+"""Do the tests notice? Make small changes to functions drawn at random, in a copy of the project.
 
-    python tools/mutations.py --n 60 --seed 0   # goes on where it was stopped; results/mutations.json has a row a change
-    python tools/mutations.py --again           # only what nothing has noticed and nobody has explained in its `note`
+Each change runs the notebooks and tests that should fail; results/mutations.json has a row a change.
+
+    python tools/mutations.py --n 60 --seed 0   # goes on where it was stopped
+    python tools/mutations.py --again           # only what nothing noticed and no `note` explains
 """
 import argparse
 import ast
@@ -27,9 +29,9 @@ FNAME = ROOT/'results'/'mutations.json'
 MOST_ROOMS = 3 # other notebooks that judge a change, at most
 # tests of other things, or slow ones
 OTHERS = {'test_house', 'test_package', 'test_readme', 'test_site', 'test_distributed', 'test_reliability'}
-OPPOSITE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-            ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
-            ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
+OPPOSITE = {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn,
+            ast.Add: ast.Sub, ast.Mult: ast.Div, ast.And: ast.Or}
+OPPOSITE |= {new: old for old,new in OPPOSITE.items()} | {ast.FloorDiv: ast.Mult}
 
 class Change(NamedTuple):
     "One small change of a function."
@@ -67,22 +69,28 @@ def other_constant(value:bool|int|float) -> bool|int|float:
     if isinstance(value, bool): return not value
     return value+1 if isinstance(value, int) else 2*value or 1.
 
+def negated(test:ast.expr) -> str: return f'not ({ast.unparse(test)})'
+
 def changes(
     node:ast.AST, # one of `parts`
 ) -> Iterator[tuple[str, ast.AST, str]]:
     "Yield the kind of a change, what it replaces, and by what."
-    if isinstance(node, ast.Compare) and len(node.ops) == 1: yield 'comparison', node, edited(node, turn_comparison)
-    if isinstance(node, ast.BinOp) and type(node.op) in OPPOSITE: yield 'sign', node, edited(node, turn_operator)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        yield 'comparison', node, edited(node, turn_comparison)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPPOSITE:
+        yield 'sign', node, edited(node, turn_operator)
     if isinstance(node, ast.BoolOp): yield 'and/or', node, f'({edited(node, turn_operator)})'
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
         yield 'constant', node, repr(other_constant(node.value))
-    if isinstance(node, ast.If | ast.IfExp | ast.While): yield 'branch', node.test, f'not ({ast.unparse(node.test)})'
+    if isinstance(node, ast.If | ast.IfExp | ast.While): yield 'branch', node.test, negated(node.test)
     if isinstance(node, ast.comprehension):
-        for test in node.ifs: yield 'branch', test, f'not ({ast.unparse(test)})'
-    if isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != 'None': yield 'return', node.value, 'None'
+        for test in node.ifs: yield 'branch', test, negated(test)
+    if isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != 'None':
+        yield 'return', node.value, 'None'
     if isinstance(node, ast.Call):
         if len(node.args) > 1: yield 'argument', node, edited(node, lambda call: call.args.pop())
-        for i in range(len(node.keywords)): yield 'argument', node, edited(node, lambda call: call.keywords.pop(i))
+        for i in range(len(node.keywords)):
+            yield 'argument', node, edited(node, lambda call: call.keywords.pop(i))
 
 def owner_of(
     function:ast.FunctionDef, # at the top of a cell
@@ -98,7 +106,8 @@ def functions_in(
     "Yield the functions of a cell with their class, or ''."
     for top in ast.parse(source).body:
         if isinstance(top, ast.FunctionDef): yield owner_of(top), top
-        elif isinstance(top, ast.ClassDef): yield from ((top.name, f) for f in top.body if isinstance(f, ast.FunctionDef))
+        if not isinstance(top, ast.ClassDef): continue
+        yield from ((top.name, inner) for inner in top.body if isinstance(inner, ast.FunctionDef))
 
 def mutants(
     room:str,   # its module
@@ -141,17 +150,17 @@ class Rooms:
         self.text = {}
         self.mutants = {} # function -> (room, cell, its changes)
         for room,fname in self.fnames.items():
-            sources = [''.join(cell['source']) for cell in json.loads(fname.read_text())['cells'] if cell['cell_type'] == 'code']
+            cells = json.loads(fname.read_text())['cells']
+            sources = [''.join(cell['source']) if cell['cell_type'] == 'code' else '' for cell in cells]
             self.text[room] = '\n'.join(sources)
-            for i,cell in enumerate(json.loads(fname.read_text())['cells']):
-                source = ''.join(cell['source'])
-                if cell['cell_type'] != 'code' or not re.match(r'#\| *export', source): continue
+            for i,source in enumerate(sources):
+                if not re.match(r'#\| *export', source): continue
                 for function,found in mutants(room, source).items(): self.mutants[function] = (room, i, found)
 
     def judges(self,
         function:str, # its room and name
     ) -> list[str]:
-        "Return what should notice a change: the room, other rooms that use the name, tests that name the module."
+        "Return who should notice a change: the room, others that use the name, tests of the module."
         room = self.mutants[function][0]
         name = function.rpartition('.')[2]
         module = re.escape(f'kshot.{room}')
@@ -159,7 +168,8 @@ class Rooms:
         def uses(text): return re.search(rf'\b{re.escape(name)}\b', text) and re.search(rf'{module}\b', text)
         rooms = [other for other,text in self.text.items() if other != room and uses(text)]
         named = re.compile(rf'{module}\b|kshot_{room.rpartition(".")[2]}\b')
-        tests = [f.name for f in sorted((self.tree/'tests').glob('test_*.py')) if f.stem not in OTHERS and named.search(f.read_text())]
+        files = [f for f in sorted((self.tree/'tests').glob('test_*.py')) if f.stem not in OTHERS]
+        tests = [f.name for f in files if named.search(f.read_text())]
         return [room, *rooms[:MOST_ROOMS], *tests]
 
 def judge(
@@ -193,7 +203,8 @@ def passes(
     *args,       # of it
 ) -> bool:
     "Return whether a process that does this ends well, and in time."
-    process = get_context('fork').Process(target=work, args=args) # what is imported here need not be imported again
+    # forked: what is imported here need not be imported again
+    process = get_context('fork').Process(target=work, args=args)
     process.start()
     process.join(limit)
     if process.exitcode is None:
@@ -265,7 +276,8 @@ class Table:
 
     def write(self):
         missed = [row for row in self.rows if not row['noticed_by']]
-        counts = dict(n=len(self.rows), noticed=len(self.rows)-len(missed), explained=sum(bool(row.get('note')) for row in missed))
+        explained = [row for row in missed if row.get('note')]
+        counts = dict(n=len(self.rows), noticed=len(self.rows)-len(missed), explained=len(explained))
         record = dict(**counts, seconds=self.seconds, **self.about, rows=self.rows)
         FNAME.with_suffix('.tmp').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
         FNAME.with_suffix('.tmp').replace(FNAME)
@@ -288,7 +300,8 @@ def draw(
     return rng.choice(kinds[rng.choice(sorted(kinds))])
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument('--n', type=int, default=60, help='functions in all')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--rooms', nargs='*', help='modules to draw from, such as nets.ops (default: all)')
@@ -297,7 +310,8 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         tree = copy_tree(Path(tmp)/'tree')
         for name in 'tests', 'results': subprocess.run(['cp', '-r', ROOT/name, tree], check=True)
-        os.environ |= dict(PYTHONPATH=str(tree), KSHOT_HOME=f'{tmp}/home', OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
+        os.environ |= dict(PYTHONPATH=str(tree), KSHOT_HOME=f'{tmp}/home')
+        os.environ |= dict(OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
         ask = 'import json, kshot.record as r; print(json.dumps(r.environment()))'
         about = json.loads(subprocess.check_output([sys.executable, '-c', ask], cwd=ROOT))
         # once for all processes; not fastai, which patches tensors
@@ -312,7 +326,8 @@ def main():
         functions = sorted(f for f,(room,*_) in rooms.mutants.items() if not args.rooms or room in args.rooms)
         rng.shuffle(functions)
         for function in functions:
-            change = draw(rng, rooms.mutants[function][2]) # drawn also where it is done, so that the others stay the same
+            # drawn also where it is done, so that the others stay the same
+            change = draw(rng, rooms.mutants[function][2])
             is_done = function in {row['function'] for row in table.rows}
             if len(table.rows) < args.n and not is_done: table.try_change(function, change)
 

@@ -21,7 +21,7 @@ LINK = re.compile(r'(\]\(|src=")([^)":#\s]+)')        # a link or picture next t
 def readme(
     root:Path=ROOT, # the project
 ) -> str:           # text of README.md
-    "Return the index as Markdown, without hidden cells, directives and front-matter; links lead from the root."
+    "Return the index as Markdown, without hidden cells and directives; links lead from the root."
     nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [cell for cell in nb.cells if not re.match(r'#\s*\|\s*(hide|default_exp)', cell.source)]
     for cell in nb.cells:
@@ -60,7 +60,8 @@ def draw_picture(
     from kshot.figures import plot_protocol
     points = {name: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for name,v in taus().items()}
     fig = plot_protocol(pd.DataFrame(points).T)
-    fig.update_layout(title_text='Kendall tau on Digits-Bench, by loss; whiskers: lowest and highest of three seeds')
+    title = 'Kendall tau on Digits-Bench, by loss; whiskers: lowest and highest of three seeds'
+    fig.update_layout(title_text=title)
     fig.write_image(fname, width=800, height=330, scale=1.5)
 
 if __name__ == '__main__':

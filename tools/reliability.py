@@ -45,7 +45,8 @@ OUT = ROOT/'results'/'reliability.json'
 CONFIG = Config(K=2, epochs=6, passes=4, bs=200, channels=4)
 SPACE_PATHS = ('0000', '1111', '2222', '3333', '4444', '0123', '1234', '4321')
 
-# The work that is disturbed. Each function runs in a process of its own with a folder, begins or goes on there, and returns when all is done.
+# The work that is disturbed. Each function runs in a process of its own, begins in a folder or goes on there,
+# and returns when all is done.
 
 def train(folder):
     is_begun = (folder/'run'/'run.json').exists()
@@ -69,13 +70,16 @@ WORK = dict(train=train, search=search, study=study, tables=tables)
 
 def digest(fname): return hashlib.sha256(fname.read_bytes()).hexdigest()
 
-def digest_of(tensor): return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+def digest_of(tensor):
+    values = tensor.reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 def is_timing(key): return key.startswith('seconds') or key == 'commit'
 
 def without_times(value):
     "Return JSON without what differs between equal runs."
-    if isinstance(value, dict): return {key: without_times(inner) for key,inner in value.items() if not is_timing(key)}
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key,inner in value.items() if not is_timing(key)}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 def as_json(value): return json.loads(json.dumps(value)) # tuples are lists
@@ -109,7 +113,8 @@ def result_of_search(folder):
     run = folder/'run'
     paths = paths_in(run/'search.journal')
     assert len(paths) == len(set(paths)) > 0, 'a path was scored twice'
-    return as_text(pd.read_parquet(run/'search.parquet'), 'path'), without_times(read_run(run)['results']['search'])
+    record = read_run(run)['results']['search']
+    return as_text(pd.read_parquet(run/'search.parquet'), 'path'), without_times(record)
 
 def result_of_study(folder):
     done = paths_in(folder/'study'/'study.journal')
@@ -121,16 +126,17 @@ def result_of_study(folder):
 def result_of_tables(folder):
     keys = [(row['path'], row['split'], row['seed']) for row in read_lines(folder/'tables'/'digits.jsonl')]
     assert len(keys) == len(set(keys)) == 2*len(SPACE_PATHS), 'a row is there twice'
-    return kshot.tables.read_table(folder/'tables'/'digits.parquet').frame.to_csv(index=False, float_format='%.17g')
+    return as_text(kshot.tables.read_table(folder/'tables'/'digits.parquet').frame)
 
-RESULT = dict(train=result_of_training, search=result_of_search, study=result_of_study, tables=result_of_tables)
+RESULT = dict(train=result_of_training, search=result_of_search, study=result_of_study,
+              tables=result_of_tables)
 
 def result(what, folder):
-    "Return everything that finished work has left, in comparable form; raise if something is there twice or temporary."
+    "Return all that finished work has left, to compare; raise if something is there twice or temporary."
     assert not [*folder.glob('**/checkpoint/*.part')], 'temporary files are left'
     return as_json(RESULT[what](folder))
 
-# The harness: the parent imports once and forks; children have a session of their own and are killed with all they have started.
+# The harness: the parent imports once and forks; a child is killed with all that it started.
 
 def fork(f, *args, err):
     "Run a function in a child, which ends with 0 if it returns; return its process id."
@@ -185,7 +191,10 @@ def train_for_search(base, err):
 # Kills
 
 def kill_some(what, folder, err, duration, rng, n):
-    "Begin and kill at a random moment, until `n` kills have hit or all is done; return how many hit, and how many of these before anything was written."
+    """Begin and kill at a random moment, until `n` kills have hit or all is done.
+
+    Return how many hit, and how many of these before anything was written.
+    """
     n_hits = 0
     n_early = 0
     before = set(folder.rglob('*'))
@@ -218,12 +227,16 @@ def kills(what, n, seed=0, base=None, say=print):
         n_hits, n_early = kill_some(what, folder, err, 1.1*duration, rng, min(left, rng.randint(1, 4)))
         check(begin(what, folder, err), err, what)
         is_equal = result(what, folder) == expected
-        count.update(kills=n_hits, early=n_early, runs=1, equal_runs=int(is_equal), equal_kills=n_hits*is_equal)
-        say(f'{what}: {count["kills"]} of {n} kills, {count["runs"]} runs, {count["equal_runs"]} equal', flush=True)
+        count.update(kills=n_hits, early=n_early, runs=1)
+        count.update(equal_runs=int(is_equal), equal_kills=n_hits*is_equal)
+        runs = f'{count["runs"]} runs, {count["equal_runs"]} equal'
+        say(f'{what}: {count["kills"]} of {n} kills, {runs}', flush=True)
         shutil.rmtree(folder)
-    note = 'SIGKILL of the whole process group at uniform moments, resumed, result equal to the undisturbed one'
-    return dict(what=f'kill {what}', n=count['kills'], ok=count['equal_kills'], before_anything=count['early'], runs=count['runs'],
-                runs_equal=count['equal_runs'], seed=seed, seconds_undisturbed=round(duration, 2), note=note)
+    note = ('SIGKILL of the whole process group at uniform moments, resumed, '
+            'result equal to the undisturbed one')
+    return dict(what=f'kill {what}', n=count['kills'], ok=count['equal_kills'],
+                before_anything=count['early'], runs=count['runs'], runs_equal=count['equal_runs'],
+                seed=seed, seconds_undisturbed=round(duration, 2), note=note)
 
 # What else may go wrong. Each function returns rows of the table.
 
@@ -269,7 +282,7 @@ CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
 
 def mount_small_disk(folder, size):
-    "Mount a file system of `size` bytes at a folder, that only this process sees; `OSError` where that is not allowed."
+    "Mount a small file system that only this process sees; `OSError` where that is not allowed."
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(f, *args):
@@ -291,7 +304,7 @@ def fill_disk(folder, room):
     os.truncate(ballast, max(0, ballast.stat().st_size - room))
 
 def work_in_little_room(what, folder, limit, n_steps):
-    "Work where room runs out, each time a little later; then with room again. Return the errors and the result."
+    "Work where room runs out, each time a little later, then with room again; return errors and result."
     if limit == 'disk':
         copy = folder.with_name(f'{folder.name}_')
         shutil.copytree(folder, copy)
@@ -327,7 +340,8 @@ def full(what, base, expected):
         clear = [error for error in errors if re.search('No space left|File too large', error)]
         n_ok = len(clear) if found == expected else 0
         note = 'one clear line each, and with room again the result of an undisturbed run'
-        rows.append(dict(what=f'full {limit}, {what}', n=len(errors), ok=n_ok, note=note, said=sorted({*map(without_folders, errors)})))
+        lines = sorted({*map(without_folders, errors)})
+        rows.append(dict(what=f'full {limit}, {what}', n=len(errors), ok=n_ok, note=note, said=lines))
     return rows
 
 # a folder that may not be written to
@@ -368,12 +382,14 @@ def second(what, base, expected):
     while not lock.exists(): time.sleep(.01)
     errors = []
     while status_of(pid, 0) is None and len(errors) < 3:
-        with suppress(RuntimeError): errors.append(forked(refuse_work, what, folder)) # the first ended meanwhile
+        with suppress(RuntimeError): # the first ended meanwhile
+            errors.append(forked(refuse_work, what, folder))
     with suppress(ChildProcessError): check(pid, err, what)
     n_refused = sum('is in use by another process' in error for error in errors)
     ok = n_refused if result(what, folder) == expected else 0
     note = 'refused in one line; the first ends as if it were alone'
-    return [dict(what=f'second process, {what}', n=len(errors), ok=ok, note=note, said=sorted({*map(without_folders, errors)}))]
+    lines = sorted({*map(without_folders, errors)})
+    return [dict(what=f'second process, {what}', n=len(errors), ok=ok, note=note, said=lines)]
 
 # clocks that jump
 
@@ -495,14 +511,17 @@ def note(rows, out):
     names = {row['what'] for row in rows}
     before = json.loads(out.read_text())['rows'] if out.exists() else []
     kept = [row for row in before if row['what'] not in names]
-    write_json(out, dict(**about, config=vars(CONFIG), rows=kept + [row | dict(commit=commit) for row in rows]))
+    new = [row | dict(commit=commit) for row in rows]
+    write_json(out, dict(**about, config=vars(CONFIG), rows=kept + new))
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument('work', nargs='*', default=list(WORK), help=f'of {", ".join(WORK)}')
     parser.add_argument('--n', type=int, default=50, help='kills of each')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--trouble', nargs='*', default=list(TROUBLES), help=f'besides kills: of {", ".join(TROUBLES)}')
+    troubles = f'besides kills: of {", ".join(TROUBLES)}'
+    parser.add_argument('--trouble', nargs='*', default=list(TROUBLES), help=troubles)
     parser.add_argument('--strangers', action='store_true', help="and strangers' input")
     parser.add_argument('--out', type=Path, default=OUT)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Turn what Quarto cannot show of staged notebooks into HTML: plotly figures, and tables without foreign scripts.
+"""Turn what Quarto cannot show of notebooks into HTML: plotly figures, and tables without foreign scripts.
 
 Quarto runs this before it renders the site, in the folder of the staged notebooks.
 """
@@ -15,7 +15,7 @@ def raw_html(html:str) -> dict: return {'text/markdown': f'```{{=html}}\n{html}\
 def as_markdown(
     data:dict, # MIME bundle of an output
 ) -> dict:     # the same, for Quarto
-    "Return figures and tables as raw HTML in Markdown: Quarto knows no plotly, and loads scripts from elsewhere for HTML outputs."
+    "Return figures and tables as raw HTML in Markdown: Quarto knows no plotly, and loads scripts for HTML."
     if PLOTLY in data:
         fig = {key: data[PLOTLY][key] for key in ('data', 'layout')}
         text = json.dumps(fig, separators=(',', ':')).replace('<', '\\u003c')

@@ -6,8 +6,11 @@ import ast
 import sys
 from pathlib import Path
 
-KEPT = {'contextmanager', 'dataclass', 'property', 'cached_property', 'classmethod', 'staticmethod', 'setter'} # callers see these
-TYPES = {'dict', 'list', 'tuple', 'set', 'Callable', 'Mapping', 'Sequence', 'Iterator', 'Literal'} # a subscript of these is a type
+# decorators that callers see
+KEPT = {'contextmanager', 'dataclass', 'property', 'cached_property', 'classmethod', 'staticmethod', 'setter'}
+# a subscript of these is a type
+TYPES = {'dict', 'list', 'tuple', 'set', 'Callable', 'Mapping', 'Sequence', 'Iterator', 'Literal'}
+CONTAINERS = 'dict', 'tuple', 'list', 'set'
 LITERALS = {ast.Dict: 'dict', ast.List: 'list', ast.Tuple: 'tuple', ast.Set: 'set', ast.JoinedStr: 'str'}
 DOTS = ast.Constant(...)
 
@@ -20,7 +23,7 @@ def last_name(expr:ast.expr) -> str:
 def type_name(value:ast.expr) -> str:
     "Return the type of a value as far as it shows."
     if isinstance(value, ast.Constant): return '_Any' if value.value is None else type(value.value).__name__
-    if isinstance(value, ast.Call) and last_name(value) in ('dict', 'tuple', 'list', 'set'): return last_name(value)
+    if isinstance(value, ast.Call) and last_name(value) in CONTAINERS: return last_name(value)
     return LITERALS.get(type(value), '_Any')
 
 def declared(
@@ -45,17 +48,16 @@ def stub_of_function(function:ast.FunctionDef) -> ast.FunctionDef:
     function.body = [ast.Expr(DOTS)]
     return function
 
+def elements(target:ast.expr) -> list[ast.expr]: # of a tuple
+    return target.elts if isinstance(target, ast.Tuple) else [target]
+
 def assigned(node:ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
     "Return (target, value) of each thing that an assignment sets."
     pairs = []
     for target in node.targets:
         both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
         pairs += zip(target.elts, node.value.elts) if both else [(target, node.value)]
-    flat = []
-    for target,value in pairs:
-        targets = target.elts if isinstance(target, ast.Tuple) else [target]
-        flat += [(inner, value) for inner in targets]
-    return flat
+    return [(inner, value) for target,value in pairs for inner in elements(target)]
 
 def attributes(methods:list[ast.FunctionDef]) -> dict[str, ast.expr|str]:
     "Return the attributes that methods set on `self`, with a type where it shows."
@@ -83,7 +85,7 @@ def stub_of_import(node:ast.Import|ast.ImportFrom) -> ast.Import|ast.ImportFrom:
 def stub_of_assignment(node:ast.Assign) -> list[ast.stmt]:
     "Return the declarations of the names that an assignment sets."
     value = node.value
-    targets = [t for target in node.targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    targets = [inner for target in node.targets for inner in elements(target)]
     names = [t.id for t in targets if isinstance(t, ast.Name)]
     is_type = isinstance(value, ast.Subscript) and last_name(value.value) in TYPES
     if names == ['__all__'] or is_type: return [node]
@@ -137,7 +139,8 @@ def bring_home(body:list[ast.stmt]):
         home = classes[ast.unparse(receiver.annotation)]
         function.decorator_list = []
         if 'as_prop' in keywords: function.decorator_list.append(ast.Name('property'))
-        if 'set_prop' in keywords: function.decorator_list.append(ast.Attribute(ast.Name(function.name), 'setter'))
+        if 'set_prop' in keywords:
+            function.decorator_list.append(ast.Attribute(ast.Name(function.name), 'setter'))
         receiver.annotation = None
         home.body.append(function)
         body.remove(function)
@@ -168,7 +171,8 @@ def write_stubs(
     "Write a stub for every module of a package, but those that begin with an underscore."
     files = [f for f in sorted(package.rglob('*.py')) if f.name[0] != '_']
     stubs = [(dest/f.relative_to(package)).with_suffix('.pyi') for f in files]
-    for source,target in zip(files, stubs): target.write_text(stub(source.read_text(encoding='utf-8')), encoding='utf-8')
+    for source,target in zip(files, stubs):
+        target.write_text(stub(source.read_text(encoding='utf-8')), encoding='utf-8')
     return stubs
 
 if __name__ == '__main__': write_stubs(Path(sys.argv[1]), Path(sys.argv[2]))

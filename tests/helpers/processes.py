@@ -1,6 +1,6 @@
 """Start processes quickly: forks of one that has imported kshot, so that none waits for an import.
 
-What starts processes in earnest (torchrun, accelerate, entry points) is started in earnest where it is the subject of a test.
+torchrun, accelerate and entry points are started in earnest where they are the subject of a test.
 """
 import atexit
 import os
@@ -26,7 +26,8 @@ def run_code(code, args, env, before, streams):
     for fd,fname in enumerate(streams, 1): os.dup2(os.open(fname, os.O_WRONLY|os.O_APPEND), fd)
     os.environ.clear()
     os.environ.update(env)
-    signal.signal(signal.SIGINT, signal.default_int_handler) # also where the tests run in the background of a shell
+    # also where the tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.simplefilter('ignore')
     set_start_method('fork', force=True) # fastai's choice; a process of this kind would keep its own
     torch.set_num_threads(1)
@@ -45,8 +46,8 @@ class Fork:
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [f'{self.folder.name}/{name}' for name in ('out', 'err')]
         for fname in self.streams: Path(fname).touch()
-        env = os.environ | (env or {})
-        self.process = CONTEXT.Process(target=run_code, args=(code, [*map(str, args)], env, before, self.streams))
+        call = code, [*map(str, args)], os.environ | (env or {}), before, self.streams
+        self.process = CONTEXT.Process(target=run_code, args=call)
         self.process.start()
         self.pid = self.process.pid
 
@@ -86,10 +87,11 @@ def free_port() -> int:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
-def call_ranks(n, code, *args) -> tuple[int, str, str]: # worst exit code, all standard output, all standard error
-    "Run code in `n` processes of one group, as torchrun would start them; nobody ends the others if one fails."
+def call_ranks(n, code, *args) -> tuple[int, str, str]: # worst exit code, all output, all errors
+    "Run code in `n` processes of a group, as torchrun starts them; none ends the others if it fails."
     if n == 1: return call(code, *args)
-    group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
-    ranks = [Fork(code, *args, env=group | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(n)]
+    group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    group |= dict.fromkeys(('WORLD_SIZE', 'LOCAL_WORLD_SIZE'), str(n))
+    ranks = [Fork(code, *args, env=group | dict.fromkeys(('RANK', 'LOCAL_RANK'), str(i))) for i in range(n)]
     outs, errs = zip(*[process.communicate() for process in ranks])
     return max((process.returncode for process in ranks), key=abs), ''.join(outs), ''.join(errs)
