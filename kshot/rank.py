@@ -224,6 +224,7 @@ def _ceiling_metrics(per_seed:np.ndarray, n:int) -> pd.Series:
         rows += [metrics(scores, truth, n) for j,truth in enumerate(per_seed) if j != i]
     return pd.DataFrame(rows).mean()
 
+# %% ../nbs/60_rank.ipynb #8ea75d93
 def protocol(
     acc_super:Sequence[float]|dict, # `(N,)` scores, or name -> scores of several scorers
     acc_alone:Sequence[float],      # `(N,)` truth

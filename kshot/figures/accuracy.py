@@ -41,6 +41,7 @@ def _parts(scores:pd.DataFrame, by:str, split:str|None) -> tuple[dict, list]:
         rows.sort(key=list(scores[split].cat.categories).index)
     return parts, rows
 
+# %% ../../nbs/figures/45_accuracy.ipynb #e3413c69
 def accuracy_rows(
     scores:pd.DataFrame,  # as in `plot_accuracy`
     by:str='K',           # as there
@@ -138,6 +139,7 @@ def _steps(values:np.ndarray, n:int=500) -> tuple[np.ndarray, np.ndarray]:
     x = values[at]
     return np.r_[x[0], x], np.r_[0, (at+1)/len(values)]
 
+# %% ../../nbs/figures/45_accuracy.ipynb #b7be146e
 def _ecdfs(parts:dict, rows:list, colors:dict, names, split) -> go.Figure:
     "Draw the share of paths up to an accuracy, a line per run and row."
     fig = go.Figure()

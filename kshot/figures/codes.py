@@ -46,6 +46,7 @@ def _add_triangle(fig:go.Figure, codes:np.ndarray, labels:Sequence, color, col:i
     fig.add_scatter(x=center[:1], y=center[1:], mode='markers', marker=cross,
         hoverinfo='skip', **panel)
 
+# %% ../../nbs/figures/20_codes.ipynb #f1ad602b
 def _triangle(codes:np.ndarray, labels:Sequence, color:np.ndarray|None) -> go.Figure:
     "Draw codes of K = 3 in their triangle, whole and zoomed in."
     x, y = _xy(codes).T
@@ -84,6 +85,7 @@ def _code_scale(codes:np.ndarray) -> dict: # of a heat map
     return dict(zmin=low, zmax=high,
         colorscale=[[0, blue], [middle, _tint(_neutral, 0)], [1, red]])
 
+# %% ../../nbs/figures/20_codes.ipynb #c59c1924
 def _heat(codes:np.ndarray, labels:Sequence, order:np.ndarray) -> go.Figure:
     "Draw codes as a heat map, a column per path."
     z = codes[order].T # (K, N)
@@ -107,6 +109,7 @@ def _finite_rows(codes:np.ndarray, labels, color) -> tuple: # codes, labels, col
     lost = '' if ok.all() else f'{(~ok).sum():,} of {len(ok):,} left out: not a number'
     return codes[ok], labels, color, lost
 
+# %% ../../nbs/figures/20_codes.ipynb #eef0a984
 def plot_codes(
     codes,              # `(N, K)` simplex codes
     labels=None,        # N names for the hover, such as paths
@@ -188,6 +191,7 @@ def _add_arrows(fig:go.Figure, corners:np.ndarray, middle:np.ndarray, width:floa
             textposition=f'{side} center', line=dict(color=GREY, width=1),
             hoverinfo='skip', **panel)
 
+# %% ../../nbs/figures/20_codes.ipynb #c0462fa5
 def _map(fig:go.Figure, code:np.ndarray, codes:np.ndarray, near:list, labels:np.ndarray,
          color:np.ndarray|None, drawn:np.ndarray) -> str:
     "Add the map of codes and the star of one; return what the map shows."
@@ -225,6 +229,7 @@ def _drawn_codes(ok:np.ndarray, near:list, n:int=2000) -> np.ndarray: # indices
     shuffled = np.random.default_rng(0).permutation(np.flatnonzero(ok))
     return np.union1d(shuffled[:n], near).astype(int)
 
+# %% ../../nbs/figures/20_codes.ipynb #170905e5
 def plot_code(
     code,           # `(K,)` code of one path
     codes,          # `(N, K)` codes of all paths; the map draws 2,000, always the same
@@ -309,6 +314,7 @@ def _by_block(space:Space, means:np.ndarray) -> np.ndarray: # `(sum O, K)` to `(
     def fill(part): return np.pad(part, ((0, n-len(part)), (0, 0)), constant_values=np.nan)
     return np.stack([fill(part) for part in parts])
 
+# %% ../../nbs/figures/20_codes.ipynb #da96d90d
 def _codes_by_supernet(space:Space, means:pd.DataFrame, title:str) -> go.Figure:
     "Draw mean codes of a large space: a panel per supernet, blocks down, ops across."
     K = means.shape[1]
@@ -369,6 +375,7 @@ def _rows(space:Space, path:tuple) -> list[tuple]: # name, choices, index of the
         rows.append((block.name, choices, op))
     return rows
 
+# %% ../../nbs/figures/20_codes.ipynb #1853f7f8
 def _draw_long(names:Sequence, ops:Sequence, title:str, n_cols:int=7) -> go.Figure:
     "Draw only the choices that a path has taken, in lines of boxes."
     n_rows = -(-len(ops)//n_cols)

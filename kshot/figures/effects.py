@@ -185,6 +185,7 @@ def _known_taus(runs:pd.DataFrame, metric:str) -> dict: # label -> tau
     taus = {label_of(k): pd.to_numeric(runs[c]).mean() for k,c in columns}
     return {label: tau for label,tau in taus.items() if np.isfinite(tau)}
 
+# %% ../../nbs/figures/50_effects.ipynb #f152c918
 def _range(y:pd.Series, effects:pd.DataFrame) -> list: # low, high
     "Return the range of an axis: all values, and of intervals what is not far beyond them."
     half = effects.high-effects.effect

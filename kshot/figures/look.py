@@ -57,6 +57,7 @@ def word_of(
     stem = column.removesuffix('_loss')
     return f'{_words[stem]} by loss' if stem in _words else column.replace('_', ' ')
 
+# %% ../../nbs/figures/10_look.ipynb #864dfa8c
 def label_of(
     key:Any,              # K, or a name
     names:dict|None=None, # key -> label; these come first

@@ -50,6 +50,7 @@ def _score_points(scores:pd.DataFrame, x:str, is_top:bool) -> go.Scatter:
         hovertemplate='<br>'.join(lines)+'<extra></extra>', selectedpoints=selected,
         unselected=dict(marker=dict(color=GREY, opacity=.15)))
 
+# %% ../../nbs/figures/40_ranking.ipynb #855eb02a
 def _add_scores(fig:go.Figure, scores:pd.DataFrame, x:str, top:float, **panel):
     "Add the points of one run, and a line below the true top."
     is_best = pd.Series(true_top(scores.acc_alone, top), scores.index)

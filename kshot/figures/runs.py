@@ -20,6 +20,7 @@ def _add_star(fig:go.Figure, star:pd.DataFrame, name:str):
     marker = dict(symbol='star', size=17, color=OKABE_ITO['vermillion'])
     fig.add_scatter(**star, name=name, mode='markers', marker=marker)
 
+# %% ../../nbs/figures/30_runs.ipynb #d1d66f66
 def plot_pareto(
     frame:pd.DataFrame,     # columns `cost`, `score`; path if known
     cost:str='macs',        # column, lower is better
@@ -116,6 +117,7 @@ _zero_to_one = dict(clipmin=-.02, clipmax=1.02) # options of an axis range
 
 def _tinted(text:str, color:str) -> str: return f'<span style="color:{color}">{text}</span>'
 
+# %% ../../nbs/figures/30_runs.ipynb #84cd5305
 def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
     "Return the panels of simplex codes: entropy, spread and drift, the use of supernets."
     x, use = _series(log, 'mean_code')
@@ -139,6 +141,7 @@ def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
         (', '.join(heads), lines, near_zero),
         (f'use of supernets {names}', uses, near_equal)]
 
+# %% ../../nbs/figures/30_runs.ipynb #93219f96
 def _live_panels(log:Sequence[Mapping]) -> list[tuple]: # head, lines (x, y, style), range options
     "Return the panels that a log of live training fills."
     x, loss = _series(log, 'loss')

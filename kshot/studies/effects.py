@@ -74,6 +74,7 @@ def _set_aside(d:np.ndarray) -> np.ndarray: # `(S,)` bools
         is_wild[is_known] = stats.f.sf(v/typical, nu, nu.sum()/2) < .05
     return is_wild
 
+# %% ../../nbs/studies/20_effects.ipynb #68bb52bf
 def _noise(d:np.ndarray) -> tuple[float, int]: # variance of a single run, degrees of freedom
     "Estimate noise as the residual of settings by seeds, the baseline's zeros among them."
     y = np.vstack([np.zeros(d.shape[1]), d])
@@ -174,6 +175,7 @@ def _interactions(d:pd.DataFrame, level:float, pooled:bool) -> pd.DataFrame:
     t = t.rename(columns=dict(effect='interaction'))
     return t[[*_setting, 'interaction', 'low', 'high', 'q']]
 
+# %% ../../nbs/studies/20_effects.ipynb #1018837f
 def flips(
     runs:pd.DataFrame,     # a row per run, of K = 1 and others
     metric:str='tau_loss', # column

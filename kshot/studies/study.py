@@ -80,6 +80,7 @@ def _draw(space:Space, n:int) -> list[str]: # paths, the same in every row
     drawn = space.sample(np.random.default_rng(0), n or 200)
     return sorted({space.format(path) for path in drawn})
 
+# %% ../../nbs/studies/30_study.ipynb #264e9462
 def measure(
     row:Row,         # what to do
     folder:FilePath, # of its run
@@ -245,6 +246,7 @@ def _watch(processes:list, rows:list[Row], folder:FilePath, progress:bool):
         left = [run for run in left if _result(run) is None]
         if progress: bar.update(len(rows)-len(left))
 
+# %% ../../nbs/studies/30_study.ipynb #2dd0641f
 def _work_in_parallel(rows:list[Row], folder:FilePath, n:int, progress:bool) -> list[int]:
     "Work in n processes; return their exit codes."
     threads = max(1, n_cores()//n)
