@@ -131,7 +131,8 @@ def draw(self:RankDashboard):
 
 @patch
 def _cloud(self:RankDashboard, top:float, tops:pd.Series): # a figure
-    column, run = self.by.value, self.run.value
+    run = self.run.value
+    column = self.by.value
     keys = dict(acc_super=run, loss_super=f'{run}_loss', macs='macs', n_params='params')
     key = keys.get(column)
     tau = None

@@ -238,7 +238,8 @@ def _supernet_accuracy(self:CodeExplorer) -> str:
 
 @patch
 def _facts(self:CodeExplorer) -> dict[str, str]: # about the path in view
-    native, name = self.space.native(self.path), self.space.format(self.path)
+    native = self.space.native(self.path)
+    name = self.space.format(self.path)
     facts = dict(path=name)
     if native != name: facts['native'] = native
     if self.cost is not None:

@@ -171,7 +171,8 @@ def _redraw(self:LiveSearch):
 
 @patch
 def _draw(self:LiveSearch):
-    s, cost = self.search, self.costs.value
+    s = self.search
+    cost = self.costs.value
     name = self.path and s.space.format(self.path)
     row = self.frame[self.frame.path == name]
     if len(row): self._show_path(name, row.iloc[0])

@@ -34,7 +34,9 @@ def site(tmp_path_factory):
 
 @pytest.mark.parametrize('width', [1200, 400])
 def test_figures(chromium, site, width):
-    page, urls, errors = chromium.new_page(viewport=dict(width=width, height=900)), [], []
+    page = chromium.new_page(viewport=dict(width=width, height=900))
+    urls = []
+    errors = []
     page.on('request', lambda r: urls.append(r.url))
     page.on('pageerror', lambda e: errors.append(str(e)))
     page.goto(f'file://{site}/tutorials/page.html')
