@@ -177,7 +177,8 @@ def neighbors(self:Space,
     path:Path,   # one index per block
 ) -> list[Path]: # in the order of blocks and choices
     "Return the paths that differ from `path` in exactly one block."
-    path, out = self.check(path), []
+    path = self.check(path)
+    out = []
     for l,n in enumerate(self.sizes):
         others = [o for o in range(n) if o != path[l]]
         out += [path[:l] + (o,) + path[l+1:] for o in others]

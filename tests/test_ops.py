@@ -13,8 +13,8 @@ from kshot.spaces import DARTS_OPS, NB201_OPS
 SLICED = {'mb3_k3': mbconv(3, 3), 'mb6_k5_hs_se': mbconv(6, 5, act=nn.Hardswish, has_se=True),
           'shuffle_k7': shuffle(7), 'xception': shuffle(0)}
 CHAINS = 'digits', 'macro', 'mobilenet', 'mobilenet_se', 'shufflenet'
-CHAIN_BLOCKS = [block for space in CHAINS for block in get_space(space).blocks]
-CHAIN_OPS = {op_name for block in CHAIN_BLOCKS for op_name in block.choices}
+CHAIN_BLOCKS = sum((get_space(space).blocks for space in CHAINS), ())
+CHAIN_OPS = set().union(*(block.choices for block in CHAIN_BLOCKS))
 SHUFFLE_OPS = get_space('shufflenet').blocks[0].choices
 SHAPES = (8, 1), (8, 2), (12, 2) # output channels, stride
 

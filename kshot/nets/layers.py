@@ -87,7 +87,8 @@ def squeezed_channels(
 Select = Callable[..., Tensor|None] # like `leading_channels`: of a tensor and sizes
 
 def _narrow_bn(bn:nn.BatchNorm2d, x:Tensor, select:Select) -> Tensor:
-    n, momentum = x.shape[1], bn.momentum
+    n = x.shape[1]
+    momentum = bn.momentum
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if momentum is None: momentum = 1/bn.num_batches_tracked.item() # a cumulative average

@@ -74,7 +74,8 @@ class FactorizedReduce(nn.Module):
         c_out:int, # output channels, even
     ):
         super().__init__()
-        self.relu, self.bn = nn.ReLU(), nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU()
+        self.bn = nn.BatchNorm2d(c_out)
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out//2, 1, 2, bias=False) for _ in range(2))
 
     def forward(self, x:Tensor) -> Tensor:
@@ -120,7 +121,8 @@ def sep_conv(
 ) -> Constructor:
     "Return the constructor of DARTS' separable convolution: depthwise and 1x1, twice."
     def make(c_in:int, c_out:int, stride:int) -> nn.Module:
-        first, second = _depthwise(c_in, k, stride), _depthwise(c_in, k, 1)
+        first = _depthwise(c_in, k, stride)
+        second = _depthwise(c_in, k, 1)
         return nn.Sequential(nn.ReLU(), first, *_pointwise(c_in, c_in),
                              nn.ReLU(), second, *_pointwise(c_in, c_out))
     return make
@@ -221,8 +223,9 @@ def shuffle(
     "Return the constructor of SPOS' shuffle block; it raises `ValueError` for impossible shapes."
     def make(c_in:int, c_out:int, stride:int, is_sliced:bool=False) -> nn.Module:
         _check_shuffle(c_in, c_out, stride)
-        if stride == 1: main_in, proj = c_in//2, None
-        else: main_in, proj = c_in, nn.Sequential(*_separable(c_in, c_in, k or 3, stride))
+        if stride == 1: proj = None
+        else: proj = nn.Sequential(*_separable(c_in, c_in, k or 3, stride))
+        main_in = c_in if proj else c_in//2
         build = partial(shuffle_branch, c_in=main_in, c_out=c_out-main_in, k=k, stride=stride)
         middle = c_out//2
         if is_sliced: return SlicedShuffle(proj, SlicedMiddle(build, middle))
@@ -239,7 +242,7 @@ def pool_and_classify(
     return nn.Sequential(*layers)
 
 # %% ../../nbs/nets/10_ops.ipynb #0dcd19e3
-def _mobile_ops(suffix:str, **kwargs) -> dict: # name -> constructor, of two expansions, three kernels
+def _mobile_ops(suffix:str, **kwargs) -> dict: # name -> constructor
     sizes = product((3, 6), (3, 5, 7))
     return {f'mb{expand}_k{k}{suffix}': mbconv(expand, k, **kwargs) for expand,k in sizes}
 
