@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 
 from kshot.cli import doctor
-from kshot.cli.doctor import Finding, examine, look_data, look_devices, look_folders, look_lab, look_tools, needed
+from kshot.cli.doctor import (Finding, examine, look_data, look_devices, look_folders, look_lab,
+                              look_tools, needed)
 
 def ask(
     folder:Path,    # to work in
@@ -23,7 +24,8 @@ def ask(
         (folder/name/'__init__.py').write_text(code)
     env = dict(os.environ, PYTHONPATH=f'{folder}{os.pathsep}{ROOT}', KSHOT_HOME=str(folder/'home'))
     code = 'from kshot.cli.doctor import doctor; doctor(["--json"])'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=folder, timeout=300)
+    argv = [sys.executable, '-c', code]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, cwd=folder, timeout=300)
     assert 'Traceback' not in done.stderr, done.stderr
     result = json.loads(done.stdout)
     assert result['works'] == (done.returncode == 0)
@@ -38,11 +40,13 @@ def test_all_is_well(tmp_path):
     assert not (tmp_path/'home').exists() and not (tmp_path/'runs').exists() # an examination leaves nothing
 
 def test_torchvision_of_another_torch(tmp_path):
-    code, findings = ask(tmp_path, {'torchvision': 'raise RuntimeError("operator torchvision::nms does not exist")'})
+    error = 'raise RuntimeError("operator torchvision::nms does not exist")'
+    code, findings = ask(tmp_path, {'torchvision': error})
     torchvision = findings['torchvision']
     assert code == 1 and torchvision['state'] == 'bad' and 'nms does not exist' in torchvision['found']
     assert torchvision['do'].endswith('torch torchvision')
-    assert all(findings[name]['state'] == 'ok' for name in ('torch', 'cpu', 'runs')) # the rest was examined too
+    others = [findings[name]['state'] for name in ('torch', 'cpu', 'runs')]
+    assert others == ['ok']*3 # the rest was examined too
 
 def test_a_package_that_kills_the_process(tmp_path):
     code, findings = ask(tmp_path, {'scipy': 'import os, signal; os.kill(os.getpid(), signal.SIGSEGV)'})
@@ -130,7 +134,8 @@ def test_no_tools_and_no_extensions(monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setattr(sys, 'prefix', str(tmp_path))
     monkeypatch.setattr(sys, 'base_prefix', str(tmp_path))
-    assert {finding.name for finding in look_tools() if finding.state == 'less'} >= {'git', 'quarto', 'chromium'}
+    missing = {finding.name for finding in look_tools() if finding.state == 'less'}
+    assert missing >= {'git', 'quarto', 'chromium'}
     browser = [finding for finding in look_lab() if 'browser' in finding.name]
     assert browser and all(finding.state == 'less' and 'widgets' in finding.lost for finding in browser)
 

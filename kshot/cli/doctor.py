@@ -51,7 +51,7 @@ def _numbers(version:str) -> tuple[int, ...]: # 2.11.0rc1 -> 2, 11, 0
     return tuple(map(int, re.findall(r'\d+', plain[0]))) # type: ignore[index]
 
 def needed(package:str='kshot') -> dict[str, str]: # name -> lowest version, '' if any will do
-    "Return what a package needs, without its extras; raise `PackageNotFoundError` for a missing one."
+    "Return what a package needs, without extras; raise `PackageNotFoundError` for a missing one."
     floors = {}
     for requirement in requires(package) or []:
         spec, _, marker = requirement.partition(';')
