@@ -7,10 +7,11 @@ __all__ = ['Distribution', 'accuracy_rows', 'plot_accuracy', 'op_at', 'cost_bins
 
 # %% ../../nbs/figures/45_accuracy.ipynb #acc00004
 import itertools, math
-from typing import Literal, get_args
+from typing import Literal
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.colors import hex_to_rgb, sample_colorscale
 from scipy.ndimage import gaussian_filter1d
+from ..base.options import check_option
 from .codes import op_index, path_array
 from .look import (
     OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of)
@@ -20,7 +21,7 @@ from ..space import Space
 Distribution = Literal['violin', 'histogram', 'ecdf']
 
 def _columns(scores:pd.DataFrame, by:str) -> dict: # run -> its rows and its column of accuracies
-    "Tell runs apart, and the truth, in which each path counts once."
+    "Return what to draw of each run, and of the truth, where each path counts once."
     columns = {'supernet': (scores, 'acc_super')}
     if by in scores:
         columns = {run: (own, 'acc_super') for run,own in scores.groupby(by, sort=False)}
@@ -168,8 +169,7 @@ def plot_accuracy(
     split:str|None=None,  # column that splits the distributions, see `op_at` and `cost_bins`
 ) -> go.Figure:
     "Draw distributions of accuracy, per run and of the truth; `ValueError` for another kind."
-    kinds = get_args(Distribution)
-    if kind not in kinds: raise ValueError(f'kind {kind!r}, expected one of {kinds}')
+    check_option('kind', kind, Distribution)
     title = 'Accuracy over all paths'
     scores, note = finite(scores, 'acc_super')
     if scores.empty: return empty(title, note)

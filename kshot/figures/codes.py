@@ -161,7 +161,7 @@ def project_codes(
 
 # %% ../../nbs/figures/20_codes.ipynb #7b26f90a
 def _bars(fig:go.Figure, code:np.ndarray, codes:np.ndarray):
-    "Add the bars of a code before the range of all codes."
+    "Add the bars of a code in front of the range of all codes."
     K = len(code)
     low, high = np.quantile(codes, [.025, .975], axis=0)
     x = list(range(K))
