@@ -177,7 +177,8 @@ def _importable_from(folder:FilePath, module:str) -> Iterator[None]: # and what 
     if package in sys.modules or PathFinder.find_spec(package) is not None:
         yield
         return
-    if (spec := PathFinder.find_spec(package, [str(folder)])) is None:
+    spec = PathFinder.find_spec(package, [str(folder)])
+    if spec is None:
         missing = f'is neither installed nor in the folder {str(folder)!r}'
         raise ValueError(f'module {package!r} {missing}')
     for place in [spec.origin, *(spec.submodule_search_locations or ())]:
@@ -300,7 +301,8 @@ def read_source(
     source:FilePath, # file or folder as the benchmark hands it out
 ) -> pd.DataFrame:   # rows with `kshot.datasets.importers.COLUMNS`
     "Read a benchmark's own file; `ValueError` if it is another, or the benchmark has none."
-    importers, source = get_benchmark(name).importers, FilePath(source)
+    importers = get_benchmark(name).importers
+    source = FilePath(source)
     if not importers:
         raise ValueError(f'format {name!r}, expected one of {_with(lambda b: b.importers)}')
     if not source.exists():
@@ -318,5 +320,6 @@ def find_source(
     "Find the best source of a benchmark in a folder."
     if folder is None: return None
     for pattern in get_benchmark(name).sources:
-        if sources := sorted(FilePath(folder).glob(pattern)): return sources[0]
+        sources = sorted(FilePath(folder).glob(pattern))
+        if sources: return sources[0]
     return None

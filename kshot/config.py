@@ -106,14 +106,14 @@ def _recipe(config) -> dict[str, Any]: # values for what the user left out
 # %% ../nbs/80_config.ipynb #23ab7092
 def _check_sizes(config:Config):
     for name in ('K', 'epochs', 'passes', 'bs'):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f'{name}={value}, expected at least 1')
+        value = getattr(config, name)
+        if value < 1: raise ValueError(f'{name}={value}, expected at least 1')
     for name in ('lr', 'lr_codes'):
-        if (value := getattr(config, name)) <= 0:
-            raise ValueError(f'{name}={value}, expected above 0')
+        value = getattr(config, name)
+        if value <= 0: raise ValueError(f'{name}={value}, expected above 0')
     for name in ('lr_end', 'wd', 'width_weight', 'apart', 'seed', 'max_macs'):
-        if (value := getattr(config, name)) < 0:
-            raise ValueError(f'{name}={value}, expected at least 0')
+        value = getattr(config, name)
+        if value < 0: raise ValueError(f'{name}={value}, expected at least 0')
     if not 0 <= config.warmup < 1:
         raise ValueError(f'warmup={config.warmup}, expected a share of training, 0 to below 1')
 
@@ -260,8 +260,9 @@ def make_learner(
         return _sampler(config, space, cost, score)
     bf16 = config.bf16 and dls.device.type == 'cuda'
     learn = kshot_learner(
-        net, space, dls, config.K, make_codes(config), make_sampler, opt_func=partial(sgd, wd=config.wd),
-        even_step=config.even_step, apart=config.apart, track_bn=config.track_bn, bf16=bf16,
+        net, space, dls, config.K, make_codes(config), make_sampler,
+        opt_func=partial(sgd, wd=config.wd), even_step=config.even_step, apart=config.apart,
+        track_bn=config.track_bn, bf16=bf16,
         mode=config.mode, lr_codes=config.lr_codes, warmup=config.warmup,
         regularize=_regularization(config, space))
     if config.drop_path: learn.add_cb(DropPathCallback())

@@ -12,6 +12,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain as joined
 from typing import Literal
 from torch import Tensor, fx, nn
 from .base.options import check_options
@@ -95,7 +96,9 @@ def chain(
     head:nn.Module,                  # behind the last block
 ) -> Chain:                          # untrained
     "Build a chain of a space's ops; `ValueError` unless `stages` have as many blocks as the space."
-    shapes = [(c, stride if i == 0 else 1) for c,n,stride in stages for i in range(n)]
+    shapes = []
+    for channels,n_blocks,stride in stages:
+        shapes += [(channels, stride)] + [(channels, 1)]*(n_blocks-1)
     places = [block.choices for block in space.blocks if block.kind == 'op']
     widths = [tuple(map(float, block.choices)) for block in space.blocks if block.kind == 'width']
     if len(shapes) != len(places):
@@ -175,8 +178,10 @@ def _by_structure(net:nn.Module) -> Ops: # `net.blocks[l][o]`
     if not isinstance(getattr(net, 'blocks', None), nn.ModuleList):
         expected = '`net.blocks[l][o]` or a mapping `ops`'
         raise ValueError(f'{type(net).__name__} has no ModuleList `blocks`: expected {expected}')
-    places = [(l, o) for l,ops in enumerate(net.blocks) for o in range(len(ops))]
-    return {(l,o): f'blocks.{l}.{o}' for l,o in places}
+    ops = {}
+    for l,block in enumerate(net.blocks):
+        for o in range(len(block)): ops[l,o] = f'blocks.{l}.{o}'
+    return ops
 
 def op_modules(
     net:nn.Module, # `forward(x, path)`
@@ -187,7 +192,7 @@ def op_modules(
     if ops is None: ops = _by_structure(net)
     ops = {op: [names] if isinstance(names, str) else list(names) for op,names in ops.items()}
     known = dict(net.named_modules())
-    for name,times in Counter(name for names in ops.values() for name in names).items():
+    for name,times in Counter(joined.from_iterable(ops.values())).items():
         if name not in known: raise ValueError(f'op module {name!r} is not in {type(net).__name__}')
         if times > 1: raise ValueError(f'op module {name!r} is named twice')
     return ops
@@ -199,7 +204,7 @@ def block_sizes(
 ) -> tuple[int, ...]: # choices of each block
     "Count the choices of each block; `ValueError` if there are no ops."
     if not ops: raise ValueError(f'{type(net).__name__} has no ops, expected at least one')
-    if sizes := getattr(net, 'sizes', None): return tuple(sizes)
+    if getattr(net, 'sizes', None): return tuple(net.sizes)
     counts = [0]*(1 + max(l for l,_ in ops))
     for l,o in ops: counts[l] = max(counts[l], o+1)
     return tuple(max(1, n) for n in counts)
@@ -220,7 +225,8 @@ def op_owner(
     ops:dict[Op, list[str]], # what `op_modules` returned
 ) -> Callable[[str], Op|None]: # name of a parameter or a module -> (block, op), or None if all paths share it
     "Return a function that finds the op of a name."
-    op_of = {name: op for op,names in ops.items() for name in names}
+    op_of = {}
+    for op,names in ops.items(): op_of |= dict.fromkeys(names, op)
     def owner(name:str) -> Op|None:
         while name and name not in op_of: name = name.rpartition('.')[0]
         return op_of.get(name)
@@ -316,7 +322,8 @@ def _drop_paths(net, space, rate):
     layers = getattr(net, 'layers', None) or [f'blocks.{l}' for l in range(len(net.blocks))]
     of_op = {l: block.kind == 'op' for l,block in enumerate(space.blocks)}
     names = [name for (l,_),modules in op_modules(net).items() if of_op[l] for name in modules]
-    of_layer = [[name for name in names if name.startswith(f'{layer}.')] for layer in layers]
+    def in_layer(layer): return [name for name in names if name.startswith(f'{layer}.')]
+    of_layer = list(map(in_layer, layers))
     drop_paths(net, of_layer, rate, getattr(net, 'is_chain', False))
 
 # %% ../nbs/15_networks.ipynb #15e1a014

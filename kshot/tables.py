@@ -150,7 +150,8 @@ def write_table(
     groups = _row_groups(frame)
     schema = _schema(frame, dict(space=space, source=source, groups=[info for info,_ in groups]))
     if fname is None:
-        _write_groups(memory := io.BytesIO(), schema, groups)
+        memory = io.BytesIO()
+        _write_groups(memory, schema, groups)
         return read_table(memory.getvalue(), name or space)
     with replacing(fname) as tmp: _write_groups(tmp, schema, groups)
     return read_table(FilePath(fname), name)
@@ -199,7 +200,8 @@ def group(self:Table,
             raise ValueError(f'table {self.name!r} has several {key}: choose one of {values}')
     i, = fitting
     seeds = self.info['groups'][i]['seeds']
-    if (seed := keys.get('seed')) is not None and seed not in seeds:
+    seed = keys.get('seed')
+    if seed is not None and seed not in seeds:
         raise ValueError(f'table {self.name!r} has no seed {seed!r} there, expected one of {seeds}')
     return i
 
@@ -282,7 +284,8 @@ def get_table(
     stem = benchmark.name if benchmark else name
     imported = tables_folder()/f'{stem}.parquet'
     if imported.exists() and imported.stem == stem: return read_table(imported)
-    if benchmark and (source := find_source(name, data_home())):
+    source = find_source(name, data_home()) if benchmark else None
+    if source:
         print(f'importing table {name} from {source}', file=sys.stderr)
         return import_table(name)
     names = [table['name'] for table in list_tables()]
@@ -337,8 +340,8 @@ def reference(
     groups = table.info['groups']
     benchmark = _benchmark_of(table)
     if benchmark and set(keys.values()) == {None}:
-        known = {key: {group[key] for group in groups} for key in KEYS}
-        keys = {key: value for key,value in benchmark.reference.items() if value in known[key]}
+        def is_known(key, value): return any(group[key] == value for group in groups)
+        keys = {key: value for key,value in benchmark.reference.items() if is_known(key, value)}
     group = groups[table.group(**keys)]
     return {key: group[key] for key in KEYS}
 
@@ -361,7 +364,8 @@ def _latency_file(space:str) -> FilePath: # imported first if its source lies in
     fname = tables_folder()/f'{benchmark.name}.latency.parquet'
     if fname.exists(): return fname
     for name,read in benchmark.latencies.items():
-        if (source := data_home()/name).exists():
+        source = data_home()/name
+        if source.exists():
             write_parquet(read(source), fname)
             return fname
     expected = f'{" or ".join(benchmark.latencies)} in the data folder {str(data_home())!r}'

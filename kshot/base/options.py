@@ -21,7 +21,8 @@ def kinds_of(
     annotation:Any, # of an option, such as `int|None` or `Literal['a', 'b']`
 ) -> tuple[type, ...]:
     "Return the types that the values of an option have."
-    if choices := choices_of(annotation): return tuple(dict.fromkeys(map(type, choices)))
+    choices = choices_of(annotation)
+    if choices: return tuple(dict.fromkeys(map(type, choices)))
     return get_args(annotation) or (annotation,)
 
 # %% ../../nbs/base/40_options.ipynb #40b1e00a

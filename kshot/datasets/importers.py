@@ -112,7 +112,8 @@ def _trainings(path:str, results:dict) -> Iterator[tuple]: # of a cell with one 
         for split,images in _SETS[dataset].items():
             key = f'{images}@{epochs-1}'
             if key not in training['eval_acc1es']: continue
-            acc, loss = training['eval_acc1es'][key]/100, training['eval_losses'][key]
+            acc = training['eval_acc1es'][key]/100
+            loss = training['eval_losses'][key]
             yield path, dataset, split, epochs, seed, 1, acc, loss, *costs
 
 # %% ../../nbs/datasets/40_importers.ipynb #40e1a003
@@ -153,7 +154,8 @@ def import_nb201_parquet(
     for data in map(pd.read_parquet, files):
         paths = _canonical(nb201_space(), data['arch_str'])
         for column in data:
-            if not (match := _ACC_COLUMN.fullmatch(column)): continue
+            match = _ACC_COLUMN.fullmatch(column)
+            if match is None: continue
             dataset = _SHORT_NAMES[match[1]]
             split = dict(val='valid', test='test')[match[2]]
             epochs = int(match[3])
@@ -170,7 +172,8 @@ def _final(
     evaluations = [value for number,value in fields if number == 1]
     if len(evaluations) < 3: raise ValueError(f'{len(evaluations)} evaluations, expected 3')
     final = dict(wire_fields(evaluations[2]))
-    valid, test = struct.unpack('<d', final[4])[0], struct.unpack('<d', final[5])[0]
+    valid, = struct.unpack('<d', final[4])
+    test, = struct.unpack('<d', final[5])
     return valid, test, dict(fields)[2]
 
 def _parse_record(
@@ -264,8 +267,8 @@ def import_nds(
                          macs=trained['flops'], n_params=trained['params'], **size))
         n_before[path] += 1
     dataset = 'imagenet' if source.stem.split('_')[1:2] == ['in'] else 'cifar10'
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return as_rows(dataset=dataset, split='test', n_runs=1, **columns)
+    if not rows: raise ValueError('no networks in it')
+    return as_rows(dataset=dataset, split='test', n_runs=1, **pd.DataFrame(rows))
 
 # %% ../../nbs/datasets/40_importers.ipynb #3c5b2c1f
 @importer('a Parquet of latencies')

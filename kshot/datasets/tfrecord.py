@@ -100,5 +100,6 @@ def wire_fields(
         if kind != 0: # the number was a size
             end = pos + value
             if end > len(data): raise ValueError('message is cut off')
-            value, pos = data[pos:end], end
+            value = data[pos:end]
+            pos = end
         yield tag >> 3, value
