@@ -63,20 +63,22 @@ def is_cell(
     return cell is not None and sum(map(sum, cell.matrix)) <= 9
 
 # %% ../nbs/03_nb101.ipynb #88150a74
+def _start(o) -> str: return repr(o)[:200] # a message is one line, whatever somebody hands in
+
 def _check_cell(m:np.ndarray, ops:Sequence[str]):
     V = len(ops)
     if not 2 <= V <= 7 or m.shape != (V, V):
         raise ValueError(f'matrix of shape {m.shape} and {V} ops, '
                          'expected (V, V) and V for V of 2 to 7')
     if any(x not in (0, 1) for x in m.flat):
-        raise ValueError(f'matrix {m.tolist()}, expected 0 and 1')
+        raise ValueError(f'matrix {_start(m.tolist())}, expected 0 and 1')
     if np.tril(m.astype(int)).any():
-        raise ValueError(f'matrix {m.tolist()}, expected 0 and 1 above the diagonal only')
+        raise ValueError(f'matrix {_start(m.tolist())}, expected 0 and 1 above the diagonal only')
     if ops[0] != 'input' or ops[-1] != 'output':
-        raise ValueError(f"ops {list(ops)}, expected 'input' first and 'output' last")
+        raise ValueError(f"ops {_start(list(ops))}, expected 'input' first and 'output' last")
     for op_name in ops[1:-1]:
         if op_name not in NB101_OPS:
-            raise ValueError(f'op {op_name!r}, expected one of {", ".join(NB101_OPS)}')
+            raise ValueError(f'op {_start(op_name)}, expected one of {", ".join(NB101_OPS)}')
 
 def nb101_path(
     matrix:Sequence[Sequence[int]], # `(V, V)` adjacency, upper triangular, `V` 2 to 7

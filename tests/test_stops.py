@@ -31,7 +31,8 @@ WRITERS = dict(
     text=(lambda d: files.write_file(d/'a', 'text'), 'a'),
     json=(lambda d: files.write_json(d/'a', {}), 'a'),
     tensors=(lambda d: checkpoint.save_tensors(d/'a', {}, {}), 'a'),
-    checkpoint=(lambda d: checkpoint.save_newest(d, {}, dict(epoch=1, log=[])), 'checkpoint/epoch_00001.safetensors'),
+    checkpoint=(lambda d: checkpoint.save_newest(d, {}, dict(epoch=1, log=[])),
+                'checkpoint/epoch_00001.safetensors'),
     log=(lambda d: checkpoint.tidy(d, [{}]), 'log.jsonl'),
     record=(lambda d: record.write_run(d, dict(config={})), 'run.json'),
     parquet=(lambda d: write_parquet(FRAME, d/'a'), 'a'),
@@ -61,12 +62,14 @@ def test_what_ends_a_write_comes_through(name, step, end, tmp_path):
 def test_a_full_disk_names_the_file(name, tmp_path):
     "What the test above relies on: its steps are those at which a file is written."
     write, fname = WRITERS[name]
-    with patch('os.fsync', raises(OSError(errno.ENOSPC, 'full'))), pytest.raises(Unwritable, match='cannot be written: No space') as e:
+    full = OSError(errno.ENOSPC, 'full')
+    with patch('os.fsync', raises(full)), pytest.raises(Unwritable, match='cannot be written: No space') as e:
         write(tmp_path)
     assert os.path.basename(fname) in str(e.value)
 
 def test_a_log_that_grows(end, tmp_path):
-    with patch('kshot.base.files.to_json', raises(end)), pytest.raises(type(end)): files.append_log(tmp_path/'log', [{}])
+    with patch('kshot.base.files.to_json', raises(end)), pytest.raises(type(end)):
+        files.append_log(tmp_path/'log', [{}])
 
 def test_work_under_a_lock(end, tmp_path):
     with pytest.raises(type(end)), files.locked(tmp_path/'lock'): raise end
@@ -75,13 +78,13 @@ def test_work_under_a_lock(end, tmp_path):
 def test_a_storage(end, tmp_path):
     storage, locks = str(tmp_path/'search.journal'), tmp_path/'locks'
     study = open_study(storage, locks, 'one', ['maximize'], {})
-    with patch('optuna.storages.journal.JournalFileBackend.append_logs', raises(end)), pytest.raises(type(end)):
-        with storage_errors(storage): study.add_trial(study.ask())
-    with patch('optuna.storages.journal.JournalFileBackend.append_logs', raises(end)), pytest.raises(type(end)):
-        open_study(storage, locks, 'two', ['maximize'], {})
+    with patch('optuna.storages.journal.JournalFileBackend.append_logs', raises(end)):
+        with pytest.raises(type(end)), storage_errors(storage): study.ask()
+        with pytest.raises(type(end)): open_study(storage, locks, 'two', ['maximize'], {})
 
 def test_a_report(end, tmp_path):
-    with patch.object(launch, 'make_report', raises(end)), pytest.raises(type(end)): launch._report(tmp_path)
+    with patch.object(launch, 'make_report', raises(end)), pytest.raises(type(end)):
+        launch._report(tmp_path)
 
 class Pool:
     def __init__(self, end): self.end = end
@@ -89,11 +92,16 @@ class Pool:
     def result(self): raise self.end
     def shutdown(self, **_): pass
 
-@pytest.mark.parametrize('error', [OSError(errno.EIO, 'of a worker'), *ENDS.values()], ids=['worker', *ENDS])
-def test_a_table_of_trainings(error, tmp_path):
+ERRORS = dict(worker=OSError(errno.EIO, 'of a worker')) | ENDS
+
+@pytest.mark.parametrize('name', ERRORS)
+def test_a_table_of_trainings(name, monkeypatch, tmp_path):
     "What ends a training says nothing about the log."
-    with patch.object(standalone, 'ProcessPoolExecutor', lambda *_, **__: Pool(error)), patch.object(standalone, 'as_completed', list):
-        with pytest.raises(type(error)) as e: make_table('digits', tmp_path, epochs=1, seeds=1, paths=['0000'], n_workers=1)
+    error = ERRORS[name]
+    monkeypatch.setattr(standalone, 'ProcessPoolExecutor', lambda *_, **__: Pool(error))
+    monkeypatch.setattr(standalone, 'as_completed', list)
+    with pytest.raises(type(error)) as e:
+        make_table('digits', tmp_path, epochs=1, seeds=1, paths=['0000'], n_workers=1)
     assert e.value is error
 
 at_any_moment = pytest.mark.parametrize('end', [ENDS['stop'], ENDS['interrupt']], ids=['stop', 'interrupt'])
