@@ -45,7 +45,7 @@ class Space:
     name:str # one word
     blocks:tuple[Block, ...] # first to last
     is_valid:Callable[[Path], bool]|None=None # rule; None: every combination of choices is a path
-    members:Callable[[], np.ndarray]|None=None # `(N, L)` a path for each architecture; None: all paths
+    members:Callable[[], np.ndarray]|None=None # `(N, L)` a path per architecture; None: all paths
     strings:tuple[Writer, Reader]|None=None # notation of the benchmark
 
     @property

@@ -1,6 +1,7 @@
 "Retrainings that are interrupted, resume from bad checkpoints, or meet a loss that is not finite"
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from kshot.checkpoint import TrainingStopped
 from kshot.data import digits_data
 from kshot.networks import digits_net, subnet
-from kshot.retrain import get_recipe, retrain
+from kshot.retrain import RecipeCallback, get_recipe, retrain
 
 STRONG = get_recipe('strong', epochs=4, bs=100)
 QUICK = get_recipe('quick', epochs=3)
@@ -114,6 +115,19 @@ def test_another_subnet_is_refused_though_all_shapes_agree(tmp_path):
     assert math.isfinite(log[0]['loss_valid']) and ema is None
     with pytest.raises(ValueError, match='checkpoint of subnet'): # another op without weights
         run(subnet(net, (0,1,1,2)), tmp_path, recipe, resume=True)
+
+def draw_in(epoch, seed):
+    "Return what dropout would draw first."
+    follow = RecipeCallback(QUICK, seed)
+    follow.learn = SimpleNamespace(epoch=epoch)
+    with torch.random.fork_rng():
+        follow.before_epoch()
+        return torch.rand(3).tolist()
+
+def test_dropout_is_drawn_by_seed_and_epoch():
+    draws = [draw_in(epoch, seed) for epoch,seed in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    assert all(draws.count(draw) == 1 for draw in draws)
+    assert draw_in(1, 0) == draws[1]
 
 def test_dropout_depends_on_the_seed(undisturbed):
     net = small_net()

@@ -227,7 +227,7 @@ def own_norms(
 SplitBy = Literal['width', 'input', 'edge'] # what the copies of an op depend on
 
 class SplitNet(nn.Module):
-    "A network whose ops can be split, with `op_modules` and `uses(l, o, by)` of op `o` of block `l`."
+    "A network whose ops can be split; `uses(l, o, by)` lists the uses of op `o` of block `l`."
     def __init__(self):
         super().__init__()
         self.splits = set() # what the copies of ops depend on
