@@ -36,10 +36,10 @@ def _drawn(keep:np.ndarray, n:int=3000) -> np.ndarray: # indices
 def _score_points(scores:pd.DataFrame, x:str, is_top:bool) -> go.Scatter:
     "Draw score against stand-alone accuracy, the true top as diamonds."
     has_macs = 'macs' in scores
-    colors = dict(color=scores.macs,
-        coloraxis='coloraxis') if has_macs else dict(color=OKABE_ITO['blue'])
-    shape = dict(size=8, symbol='diamond', opacity=1) if is_top else dict(size=5,
-        symbol='circle', opacity=.8)
+    colors = dict(color=OKABE_ITO['blue'])
+    if has_macs: colors = dict(color=scores.macs, coloraxis='coloraxis')
+    shape = dict(size=5, symbol='circle', opacity=.8)
+    if is_top: shape = dict(size=8, symbol='diamond', opacity=1)
     digits = '.4s' if x in ('macs', 'n_params', 'latency_ms') else '.3f'
     lines = ['path %{text}', f'{word_of(x)} %{{x:{digits}}}', 'stand-alone accuracy %{y:.3f}']
     if has_macs and x != 'macs': lines.append('%{marker.color:.4s} MACs')

@@ -104,8 +104,8 @@ def _line(color:str=OKABE_ITO['blue'], name:str='') -> dict:
 def _band(x:list, values:np.ndarray) -> list: # lines (x, y, style)
     "Draw `(T, n)` values as their range, the middle half, and the median."
     levels = [0, .25, .5, .75, 1]
-    low, q1, mid, q3, high = np.quantile(values, levels,
-        axis=1) if values.size else np.zeros((5, 0))
+    if not values.size: values = np.zeros((0, 1))
+    low, q1, mid, q3, high = np.quantile(values, levels, axis=1)
     edge = dict(line_width=0, mode='lines', hoverinfo='skip', fill=None)
     light = edge | dict(fill='tonexty', fillcolor='rgba(86,180,233,.22)')
     strong = edge | dict(fill='tonexty', fillcolor='rgba(86,180,233,.4)')

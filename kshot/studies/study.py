@@ -39,10 +39,12 @@ from ..standalone import end_with_parent
 from ..tables import get_table, get_truth, has_table, reference, write_parquet
 
 # %% ../../nbs/studies/30_study.ipynb #ece2475f
-_RANKING = ('tau', 'spearman', 'sparse_tau', 'sparse_tau_position', 'top_tau', 'regret_1',
+_RANKING = (
+    'tau', 'spearman', 'sparse_tau', 'sparse_tau_position', 'top_tau', 'regret_1',
     'regret_n', 'precision_n', 'surpass_random', 'search_mean', 'search_std')
-METRICS = (*_RANKING, *(f'{name}_loss' for name in _RANKING), 'acc_super', 'loss_super',
-           'tau_macs', 'tau_params', 'acc_alone', 'ceiling')
+METRICS = (
+    *_RANKING, *(f'{name}_loss' for name in _RANKING), 'acc_super', 'loss_super',
+    'tau_macs', 'tau_params', 'acc_alone', 'ceiling')
 Metric = Literal[*METRICS]
 
 def ranking(
@@ -89,11 +91,11 @@ def measure(
     config, scoring = split_settings(row)
     ensure_trained(config, folder, progress=False)
     truth = _truth(config, scoring)
-    paths = _draw(space_of(config),
-        scoring.n_paths) if truth is None else truth.index.tolist()
+    if truth is None: paths = _draw(space_of(config), scoring.n_paths)
+    else: paths = truth.index.tolist()
     scores = score_run(folder, paths, scoring.n_calibration)
-    ranked = {} if truth is None else ranking(scores, truth,
-        get_benchmark(config.space).n_kept)
+    n_kept = get_benchmark(config.space).n_kept
+    ranked = {} if truth is None else ranking(scores, truth, n_kept)
     record = read_run(folder)
     seconds = record['seconds']
     means = dict(acc_super=scores.acc_super.mean(), loss_super=scores.loss_super.mean())
