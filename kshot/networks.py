@@ -320,8 +320,9 @@ def _tie_nodes(net): # the blocks of a node read the weights of its first
 
 def _drop_paths(net, space, rate):
     layers = getattr(net, 'layers', None) or [f'blocks.{l}' for l in range(len(net.blocks))]
-    of_op = {l: block.kind == 'op' for l,block in enumerate(space.blocks)}
-    names = [name for (l,_),modules in op_modules(net).items() if of_op[l] for name in modules]
+    names = []
+    for (l,_),of_op in op_modules(net).items():
+        if space.blocks[l].kind == 'op': names += of_op
     def in_layer(layer): return [name for name in names if name.startswith(f'{layer}.')]
     of_layer = list(map(in_layer, layers))
     drop_paths(net, of_layer, rate, getattr(net, 'is_chain', False))

@@ -166,8 +166,8 @@ def darts_space(
     return Space('nds', (*blocks, *outs), _has_output, strings=strings)
 
 # %% ../nbs/05_spaces.ipynb #604b264c
-MB_OPS = ('identity', *(f'mb{expansion}_k{kernel}' for expansion in (3,6) for kernel in (3,5,7)))
-MB_SE_OPS = ('identity', *(f'{op}_hs{se}' for se in ('', '_se') for op in MB_OPS[1:]))
+MB_OPS = ('identity', 'mb3_k3', 'mb3_k5', 'mb3_k7', 'mb6_k3', 'mb6_k5', 'mb6_k7')
+MB_SE_OPS = ('identity', *(f'{op}_hs' for op in MB_OPS[1:]), *(f'{op}_hs_se' for op in MB_OPS[1:]))
 
 def _mb_name(op): # 'mb3_k5_hs_se' -> '5,3,S'
     if op == 'identity': return 'id'

@@ -9,6 +9,7 @@ __all__ = ['train_path', 'end_with_parent', 'make_table']
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path as FilePath
@@ -99,7 +100,7 @@ def make_table(
     log = folder/f'{benchmark.name}.jsonl'
     with locked(folder/f'.{benchmark.name}.lock'):
         done = _finished(log)
-        trainings = [(path, seed, epochs) for seed in range(seeds) for path in paths]
+        trainings = [(path, seed, epochs) for seed,path in product(range(seeds), paths)]
         jobs = [(name, *training) for training in trainings if training not in done]
         _train_paths(jobs, log, n_workers)
         rows = pd.DataFrame(read_log(log)).assign(n_runs=1)
