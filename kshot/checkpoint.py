@@ -78,8 +78,9 @@ def load_optimizer_state(
     tensors:dict[str, Tensor], # what `optimizer_state` returned
 ):
     "Let an optimizer go on where `tensors` were taken."
-    params, state = [], {}
+    params = []
     for group in opt.param_groups: params += group['params']
+    state = {}
     for key,value in tensors.items():
         number, _, name = key.partition('/')
         p = params[int(number)]
@@ -187,8 +188,9 @@ def load_state(
     load_optimizer_state(learn.opt.opt, part_of(tensors, 'opt'))
     if cb.learns: load_optimizer_state(cb.codes_opt, part_of(tensors, 'codes_opt'))
     device = next(learn.model.parameters()).device
-    paths, grads = meta['code_grads'], tensors.get('code_grads', ())
-    cb.code_grads = [(tuple(path), grad.to(device)) for path,grad in zip(paths, grads)]
+    paths = map(tuple, meta['code_grads'])
+    grads = tensors.get('code_grads', ())
+    cb.code_grads = [(path, grad.to(device)) for path,grad in zip(paths, grads)]
     cb.sampler.load_state(meta['sampler'])
     learn.dls.train.generator.set_state(tensors['rng/loader'])
     torch.set_rng_state(tensors['rng/torch'])
@@ -286,7 +288,8 @@ class CheckpointCallback(Callback):
         folder:FilePath,   # of the run
         resume:bool=False, # go on from the newest checkpoint? otherwise there must be none
     ):
-        self.folder, self.resume = FilePath(folder), resume
+        self.folder = FilePath(folder)
+        self.resume = resume
         self.log = []       # a row an epoch
         self.start = 0      # epochs that were done before this fit
         self.seconds = 0.   # time spent on the epochs in the log
@@ -317,7 +320,8 @@ class CheckpointCallback(Callback):
 @patch
 def before_train(self:CheckpointCallback):
     "Start an epoch."
-    self.losses, self.paths, self.n_valid = [], [], 0
+    self.losses, self.paths = [], [] # of its batches
+    self.n_valid = 0                 # images of the validation
 
 @patch
 def after_batch(self:CheckpointCallback):
@@ -371,7 +375,8 @@ def _save(self:CheckpointCallback):
     if not is_first(): return
     tensors, meta = run_state(self.learn)
     now = time.monotonic()
-    self.seconds, self.began = self.seconds + now - self.began, now
+    self.seconds += now - self.began
+    self.began = now
     save_newest(self.folder, tensors, meta | dict(log=self.log, seconds=self.seconds))
 
 # %% ../nbs/52_checkpoint.ipynb #56c354d4

@@ -27,7 +27,8 @@ class UniformSampler:
         seed:int=0,  # of the draws
         accept:Callable[[Path], bool]|None=None, # may a path be drawn? None: every path
     ):
-        self.space, self.accept = space, accept
+        self.space = space
+        self.accept = accept
         self.drawn = space # what random paths are of, before they are accepted
         self.rng = np.random.default_rng(seed)
 
@@ -56,7 +57,8 @@ def load_state(self:UniformSampler,
     state:dict, # what `state` returned
 ):
     "Go on where `state` was taken; `ValueError` for the state of another sampler."
-    kind, expected = state.get('sampler'), type(self).__name__
+    kind = state.get('sampler')
+    expected = type(self).__name__
     if kind != expected: raise ValueError(f"state of sampler {kind!r}, expected {expected!r}")
     self.rng.bit_generator.state = state['rng']
 
@@ -129,7 +131,8 @@ class Pool:
         alpha:float=.08, # share of new paths under which the pool has settled
     ):
         if size < 1: raise ValueError(f'a pool of size={size}, expected at least 1')
-        self.size, self.alpha = size, alpha
+        self.size = size
+        self.alpha = alpha
         self.losses = {}       # path -> loss, best first
         self.share_new = 1.    # of its paths, in the last window
         self.n_scored = 0      # in this window
@@ -146,7 +149,8 @@ class Pool:
         self.n_scored += len(paths)
         if self.n_scored < self.size: return
         self.share_new = len(self.losses.keys()-self.before)/max(len(self.losses), 1)
-        self.n_scored, self.before = 0, set(self.losses)
+        self.n_scored = 0
+        self.before = set(self.losses)
 
     @property
     def is_settled(self) -> bool:
@@ -171,7 +175,10 @@ class GreedySampler(UniformSampler):
             raise ValueError(f'the best {n_kept} of {n_drawn} paths, expected 1 to {n_drawn}')
         if not 0 <= p_pool <= 1: raise ValueError(f'p_pool={p_pool}, expected 0 to 1')
         super().__init__(space, seed, accept)
-        self.score, self.n_drawn, self.n_kept, self.p_pool = score, n_drawn, n_kept, p_pool
+        self.score = score
+        self.n_drawn = n_drawn
+        self.n_kept = n_kept
+        self.p_pool = p_pool
         self.pool = pool or Pool()
         self.queue = deque() # paths to train, best first
 
@@ -191,7 +198,8 @@ def play(self:GreedySampler,
     progress:float, # share of the training that is done, 0-1
 ) -> list[Path]:    # the best `n_kept`, best first
     "Draw and score the paths of a round; `ValueError` for another number of losses."
-    known, p = list(self.pool.losses), self.p_pool*progress
+    known = list(self.pool.losses)
+    p = self.p_pool*progress
     paths = [self._draw_known(known, p) or self.draw() for _ in range(self.n_drawn)]
     losses = [float(loss) for loss in self.score(paths)]
     if len(losses) != len(paths):
@@ -224,7 +232,8 @@ def load_state(self:GreedySampler,
     self.queue = deque(map(tuple, state['queue']))
     pool.losses = {tuple(path): loss for path,loss in state['pool']}
     pool.before = set(map(tuple, state['before']))
-    pool.share_new, pool.n_scored = state['share_new'], state['n_scored']
+    pool.share_new = state['share_new']
+    pool.n_scored = state['n_scored']
 
 # %% ../nbs/40_sampler.ipynb #fc954569
 SamplerName = Literal['uniform', 'random_nas', 'fair', 'greedy']

@@ -130,9 +130,9 @@ def width_discrimination(
     "Score how hard a path's width settings are to tell apart; `ValueError` as in `width_settings`."
     settings = []
     for path in paths: settings += width_settings(space, path)
-    of_settings = codes(settings)             # (N*M, K) or (N*M, L, K)
-    M, K = len(settings)//len(paths), of_settings.shape[-1]
-    groups = of_settings.view(len(paths), M, -1, K) # (N, M, L or 1, K)
+    N, M = len(paths), len(settings)//len(paths)
+    of_settings = codes(settings) # (N*M, K) or (N*M, L, K)
+    groups = of_settings.view(N, M, -1, of_settings.shape[-1]) # (N, M, L or 1, K)
     return discrimination(groups.transpose(1, 2), tau)
 
 # %% ../nbs/30_simplex.ipynb #8b95d88e

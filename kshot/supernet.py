@@ -146,7 +146,8 @@ def _slots(
     names_of = {} # id of a tensor -> its names
     for name,p in net.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(p), []).append(name)
-    slots, banks_of, owner_of = {}, {}, op_owner(ops)
+    owner_of = op_owner(ops)
+    slots, banks_of = {}, {}
     for p in net.parameters():
         names = tuple(names_of[id(p)])
         owners = set(map(owner_of, names))
@@ -254,10 +255,11 @@ def from_tensors(self:Supernet,
 
 @patch
 def _check(self:Supernet, tensors:dict[str, Tensor], slot:Slot):
-    name, expected = slot.names[0], (self.K, *slot.shape)
+    name = slot.names[0]
     if name not in tensors:
         raise ValueError(f'no tensor {name!r}: these weights are of another network')
     shape = tuple(tensors[name].shape)
+    expected = (self.K, *slot.shape)
     if shape != expected:
         raise ValueError(f'tensor {name!r} has shape {shape}, expected {expected}')
 
@@ -356,5 +358,6 @@ def accumulate(self:Supernet,
 ):
     "Add deferred gradients to those of the banks."
     for key,factor,dw in gradients.factors:
-        bank, grad = self.banks[key], factor.T @ dw
+        bank = self.banks[key]
+        grad = factor.T @ dw # (K, P)
         bank.grad = grad if bank.grad is None else bank.grad.add_(grad)
