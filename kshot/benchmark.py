@@ -44,15 +44,21 @@ class Training:
     wd:float=5e-4          # weight decay
     bf16:bool=False        # compute in bfloat16 on a GPU
 
-# %% ../nbs/16_benchmark.ipynb #5b1e0a08
+# %% ../nbs/16_benchmark.ipynb #5b1e0a30
 Readers = Mapping[str, Callable[[FilePath], pd.DataFrame]]
 Counts = Mapping[str, Callable[[Path], int]]
 
 def _test_split() -> dict[str, Any]: return dict(split='test')
 
+def _needed(make:Callable) -> list[str]: # arguments that nobody gives it
+    params = signature(make).parameters.values()
+    bare = [p for p in params if p.default is p.empty and p.name != 'n_classes']
+    return [p.name for p in bare if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+# %% ../nbs/16_benchmark.ipynb #5b1e0a08
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    "A search space and what belongs to it; `ValueError` for a name that cannot name files."
+    "A search space and what belongs to it; `ValueError` for values that cannot work."
     name:str              # one word; files are named after it
     space:Space           # its paths
     net:Callable[..., nn.Module] # makes the network; takes some of the arguments of `get_net`
@@ -73,6 +79,14 @@ class Benchmark:
     def __post_init__(self):
         if not re.fullmatch(r'[\w-]+', self.name):
             raise ValueError(f'benchmark name {self.name!r}, expected letters, digits, _ and -')
+        if not isinstance(self.space, Space):
+            raise ValueError(f'benchmark {self.name!r}: space {self.space!r}, expected a Space')
+        if len(self.x_shape) != 3:
+            raise ValueError(f'benchmark {self.name!r}: x_shape {self.x_shape}, expected (C, H, W)')
+        needed = _needed(self.net)
+        if needed:
+            network = f'benchmark {self.name!r}: its network needs {needed[0]}'
+            raise ValueError(f'{network}, expected a default')
 
     @property
     def has_cells(self) -> bool:
