@@ -42,8 +42,8 @@ def _pieces(password:str) -> set[str]: # a driver may read less of it than stand
 
 def _without_password(text:str, storage) -> str:
     "Return `text` with `***` for all that the URL may mean as a password."
-    found = re.findall(r'//[^:]*:(.*)@|password=([^&]*)', str(storage), flags=re.S)
-    spelled = [p for groups in found for p in groups]
+    matches = re.findall(r'//[^:]*:(.*)@|password=([^&]*)', str(storage), flags=re.S)
+    spelled = [p for groups in matches for p in groups]
     secrets = set()
     for password in spelled: secrets |= _pieces(password) | _pieces(unquote(password))
     for secret in sorted(secrets, key=len, reverse=True): text = text.replace(secret, '***')
