@@ -1,4 +1,4 @@
-"README.md and nbs/index.ipynb say the same, what they say exists, and what they tell you to type works"
+"README.md is nbs/index.ipynb; what it names exists, and what it tells you to type works"
 import re, shlex
 from configparser import ConfigParser
 from importlib import import_module
@@ -85,7 +85,8 @@ def test_table_and_citations():
     section = TEXT.partition('Facts as of 2026-11')[2].partition('## Cite')[0]
     rows = re.findall(r'^\| (.+) \| (.+) \| (.+) \| (.+) \|$', section, re.M)[1:]
     packages = [re.sub(r'\[(.*?)\].*', r'\1', row[0]) for row in rows]
-    assert packages == 'kshot NNI NASLib AutoDL-Projects MMRazor archai once-for-all few-shot-NAS'.split()
+    expected = 'kshot NNI NASLib AutoDL-Projects MMRazor archai once-for-all few-shot-NAS'
+    assert packages == expected.split()
     assert all('https://' in row[0] for row in rows[1:]) # where it can be looked up
     bib, = blocks('bibtex')
     assert bib.count('{') == bib.count('}')

@@ -135,18 +135,19 @@ def test_the_checker_sees():
     page = NBS/'tutorials'/'quickstart.ipynb'
     good = ['../index.ipynb', 'own_space.ipynb#the-network', '../rank.html', '../nets/ops.html',
             'https://arxiv.org/abs/2106.06442']
-    bad = ['nowhere.ipynb', '../nowhere.html', '../ops.html', '../index.ipynb#nowhere', '../../README.md',
-           'https://', 'http:/arxiv.org', 'ftp://arxiv.org/x']
+    bad = ['nowhere.ipynb', '../nowhere.html', '../ops.html', '../index.ipynb#nowhere',
+           '../../README.md', 'https://', 'http:/arxiv.org', 'ftp://arxiv.org/x']
     for target in good: assert not problem(page, target), target
     for target in bad: assert problem(page, target), target
-    for dotted in 'rank.kendall_tau supernet nets nets.ops'.split(): assert resolves(f'kshot.{dotted}')
-    for dotted in 'rank.kendal ops nets.nowhere'.split(): assert not resolves(f'kshot.{dotted}')
+    assert all(map(resolves, ['kshot.rank.kendall_tau', 'kshot.nets', 'kshot.nets.ops']))
+    assert not any(map(resolves, ['kshot.rank.kendal', 'kshot.ops', 'kshot.nets.nowhere']))
     found = LINK.findall('a [b [c]](d.ipynb) ![e](f.png)')
     assert found == [('', 'b [c]', 'd.ipynb'), ('!', 'e', 'f.png')]
 
 @each_page
 def test_title_and_summary(page):
-    assert re.match(r'# \S.*\n\n> \S.{15,}', prose(page)), 'a page begins with "# Title" and "> one sentence"'
+    begins = re.match(r'# \S.*\n\n> \S.{15,}', prose(page))
+    assert begins, 'a page begins with "# Title" and "> one sentence"'
     assert len(re.findall(r'^# ', text_of(page), re.M)) == 1
 
 @each_page
@@ -173,7 +174,7 @@ def has_import(src) -> bool:
 
 @pytest.mark.parametrize('page', ROOMS.values(), ids=name)
 def test_what_staging_runs(page):
-    "nbdev documents a room by running its exported cells and those with an import: they must not need others."
+    "nbdev runs the exported cells of a room and those with an import: they must not need others."
     known = set(dir(builtins)) | {'__file__', '__name__'}
     with_import = []
     for c in cells(page):
@@ -236,7 +237,7 @@ def test_scripts_are_shell():
         done = subprocess.run(['bash', '-n'], input=block, text=True, capture_output=True)
         assert not done.returncode, (page, done.stderr)
 
-# commands that stand in for Slurm's: each notes how it was called; a step works until it is interrupted
+# stand in for Slurm's commands: each logs how it was called; a step works until it is interrupted
 SCONTROL = '[ "$1" = show ] && echo host0 || echo "scontrol $*" >> log'
 # a background job of the shell ignores INT, a step of Slurm's doesn't
 SCANCEL = 'echo "scancel $1" >> log; kill $(cat pid)'
@@ -296,7 +297,7 @@ def data_of(nb) -> list[dict]:
     return [o['data'] for c in nb['cells'] for o in c.get('outputs', []) if 'data' in o]
 
 def test_quarto_gets_what_it_can_show(tmp_path):
-    "Figures and tables become raw HTML, widgets a sentence, and their data is that of the notebook."
+    "Figures and tables become raw HTML, widgets a sentence, with the data of the notebook."
     page = NBS/'tutorials'/'quickstart.ipynb'
     nb = json.loads(page.read_text())
     before = data_of(json.loads(page.read_text()))
@@ -337,7 +338,7 @@ def stage(
     return tree/'_proc'
 
 def check_staged(proc, pages):
-    "Every staged page has a title and no errors, and its doclinks lead to pages; returns how many there are."
+    "Check titles, errors and doclinks of staged pages; return how many doclinks there are."
     n = Counter()
     for p in pages:
         nb = json.loads((proc/name(p)).read_text())
@@ -349,7 +350,8 @@ def check_staged(proc, pages):
         made = re.findall(r'\[`[^`\]]+`\]\(([^)]+\.html[^)]*)\)', '\n'.join(texts)) # by nbdev
         for target in made:
             n['doclinks'] += 1
-            local = target.removeprefix('https://kshot.github.io/kshot/').partition('#')[0].removesuffix('.html')
+            page, _, _ = target.removeprefix('https://kshot.github.io/kshot/').partition('#')
+            local = page.removesuffix('.html')
             assert '://' in local or local in ROOMS or (NBS/f'{local}.ipynb').exists(), (p, target)
     return n
 
@@ -357,7 +359,8 @@ def check_staged(proc, pages):
 def test_staging(tmp_path):
     "Every page goes through nbdev's processors, and the doclinks that they make lead to pages."
     proc = stage(copy_tree(tmp_path/'tree'), '--n_workers', '2')
-    assert sorted(p.relative_to(proc).as_posix() for p in proc.rglob('*.ipynb')) == sorted(map(name, PAGES))
+    staged = sorted(p.relative_to(proc).as_posix() for p in proc.rglob('*.ipynb'))
+    assert staged == sorted(map(name, PAGES))
     looks = 'styles.css light.scss dark.scss figures.html images/digits_kshot.png'
     for f in ('_quarto.yml', 'nbdev.yml', *looks.split()):
         assert (proc/f).is_file(), f
