@@ -19,7 +19,7 @@ from ..base.distributed import is_first, world
 from ..evaluate import score_path
 from ..figures import plot_live
 from ..figures.runs import live_note
-from .controls import Budget, Guard, LivePanel, Switch, in_kernel
+from .controls import TimeBudget, Guard, LivePanel, Switch, in_kernel
 from .widgets import View, Window, answer_now
 from ..rank import kendall_tau
 from ..simplex import code_stats
@@ -27,7 +27,7 @@ from ..space import Path
 
 # %% ../../nbs/lab/50_live.ipynb #d4b4a946
 class LiveCallback(Callback):
-    "Draw a training while it runs; errors as in `known_truth` and `Budget`."
+    "Draw a training while it runs; errors as in `known_truth` and `TimeBudget`."
     order = CheckpointCallback.order+1 # a stop leaves after the checkpoint is written
     run_valid = True
     def __init__(self,
@@ -48,9 +48,9 @@ class LiveCallback(Callback):
         self.guard = Guard()
         self.budget = self.new_budget()
 
-    def new_budget(self) -> Budget:
+    def new_budget(self) -> TimeBudget:
         "Return the budget of one training."
-        return Budget(self.share, dict(tick=.15, codes=.1, look=.4, drawing=.35))
+        return TimeBudget(self.share, dict(tick=.15, codes=.1, look=.4, drawing=.35))
 
     def open(self) -> LivePanel:
         "Return the panel, made on the first call; a fit in a notebook displays it."

@@ -14,7 +14,7 @@ import ipywidgets, pandas as pd
 from fastcore.basics import patch
 from IPython.display import display
 from ..figures import draw_path, plot_pareto
-from .controls import Budget, Guard, LivePanel, Switch, in_kernel
+from .controls import TimeBudget, Guard, LivePanel, Switch, in_kernel
 from .widgets import View, Window, answer_now
 from ..search import Search, watching
 from ..space import Path
@@ -42,9 +42,9 @@ class LiveSearch:
         self.guard = Guard()
         self.budget = self.new_budget()
 
-    def new_budget(self) -> Budget:
+    def new_budget(self) -> TimeBudget:
         "Return the budget of one search."
-        return Budget(self.share, dict(tick=.05, drawing=.95))
+        return TimeBudget(self.share, dict(tick=.05, drawing=.95))
 
 # %% ../../nbs/lab/60_live_search.ipynb #a3ca6a78
 @patch
