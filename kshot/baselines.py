@@ -15,10 +15,10 @@ from .tables import Table, reference
 
 # %% ../nbs/76_baselines.ipynb #1f72832c
 def path_costs(
-    table:Table,       # which has the paths
-    rows:pd.DataFrame, # one a path: columns path, macs, n_params
+    table:Table,       # that has the paths
+    rows:pd.DataFrame, # one per path: columns path, macs, n_params
 ) -> dict[str, np.ndarray]: # name -> `(N,)` numbers
-    "Return MACs and parameters of paths, and what else their benchmark counts."
+    "Return MACs and parameters of paths, and whatever else their benchmark counts."
     benchmark = get_benchmark(table.space)
     paths = [benchmark.space.parse(path) for path in rows.path]
     columns = dict(macs='macs', params='n_params')

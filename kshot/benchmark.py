@@ -34,7 +34,7 @@ from .spaces import (darts_space, digits_space, macro_space, mobilenet_space, n_
 class Training:
     "How the supernets of a benchmark are trained, unless the user says otherwise."
     epochs:int             # number of epochs, of `passes` passes over the training set each
-    bs:int                 # images a batch, over all processes
+    bs:int                 # images in a batch, over all processes
     lr:float               # learning rate of the supernets at the start of the cosine
     data:str|None=None     # name of a data set of `kshot.data`; None: the benchmark brings its own
     portion:float|None=None # part of the training images that train, 0-1; the others validate
@@ -90,7 +90,7 @@ class Benchmark:
 
     @property
     def has_cells(self) -> bool:
-        "Can the number of cells be chosen?"
+        "Return whether the number of cells can be chosen."
         return 'n_cells' in signature(self.net).parameters
 
     def default(self,
@@ -182,7 +182,7 @@ register(Benchmark(
 def is_spelling(
     name:str, # of a benchmark
 ) -> bool:
-    "Does a name say which module to import, as in `my_module:my_benchmark`?"
+    "Return whether a name says which module to import, as in `my_module:my_benchmark`."
     return isinstance(name, str) and ':' in name
 
 @contextmanager
@@ -282,13 +282,13 @@ def check_sharing(
 def get_net(
     name:str,        # as in `get_benchmark`
     channels:int=0,  # of the stem; 0: the benchmark's
-    n_cells:int=0,   # cells a stage (`darts`: in all); 0: the benchmark's
+    n_cells:int=0,   # cells per stage (`darts`: in all); 0: the benchmark's
     n_classes:int=10, # classes
     widths:Sequence[float]=(), # relative widths that paths choose from, as in `get_space`
     width_per:str='layer', # as in `get_space`
     **sharing,       # heuristic -> value
 ) -> nn.Module:      # `forward(x, path)`, untrained
-    "Make the network of a benchmark; `ValueError` for what it does not have."
+    "Make the network of a benchmark; `ValueError` for a size or heuristic it does not have."
     benchmark = get_benchmark(name)
     takes = signature(benchmark.net).parameters
     if n_cells and not benchmark.has_cells:
@@ -312,9 +312,9 @@ def get_net(
 # %% ../nbs/16_benchmark.ipynb #5b1e0a23
 def read_source(
     name:str,        # as in `get_benchmark`
-    source:FilePath, # file or folder as the benchmark hands it out
+    source:FilePath, # file or folder as the benchmark publishes it
 ) -> pd.DataFrame:   # rows with `kshot.datasets.importers.COLUMNS`
-    "Read a benchmark's own file; `ValueError` if it is another, or the benchmark has none."
+    "Read a benchmark's own file; `ValueError` for another format, or a benchmark without files."
     importers = get_benchmark(name).importers
     source = FilePath(source)
     if not importers:

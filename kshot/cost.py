@@ -120,7 +120,7 @@ def _extend_table(self:Cost, path:Path, ops:list[tuple]):
 def __call__(self:Cost,
     paths:Iterable[Path], # N paths
 ) -> np.ndarray:          # `(N, 2)` MACs for one input, trainable parameters
-    "Return the cost of paths; `ValueError` for a path that is none, or if costs do not add up."
+    "Return the cost of paths; `ValueError` for an invalid path, or if costs do not add up."
     out = []
     for path in paths:
         check_path(path, self.sizes)

@@ -37,22 +37,26 @@ class TensorLoader:
     "Batches of `(x, y)` tensors; usable as one of fastai's `DataLoaders`."
     n_inp = 1 # tensors of a batch that go into the network
     def __init__(self,
-        x:Tensor,          # `(N, C, H, W)` images: float as they are, or uint8, which leave as float
+        x:Tensor,          # `(N, C, H, W)` images: float, or uint8 to be converted to float
         y:Tensor,          # `(N,)` classes
         bs:int,            # batch size of all ranks
         augment:Callable[[Tensor, torch.Generator], Tensor]|None=None, # of a batch, before it becomes float
-        shuffle:bool=False, # new order every epoch? then all batches have one size
+        shuffle:bool=False, # new order every epoch? Then all batches have one size
         seed:int=0,        # of order and augmentation
         passes:int=1,      # over the images that count as one epoch
         stats:tuple[Tensor, Tensor]|None=None, # mean, deviation `(C,)` of pixels 0-1, for uint8; None: (0, 1)
-        shard:World=World(), # rank and number of ranks: of each batch this rank has its rows
+        shard:World=World(), # rank and number of ranks: this rank gets its rows of each batch
     ):
         check_batches(len(x), bs, shuffle, shard)
         if stats and x.dtype != torch.uint8:
             raise ValueError(f'stats for {x.dtype} images, expected torch.uint8')
         self.x = x.contiguous(memory_format=torch.channels_last)
         self.y = y.long()
-        self.bs, self.augment, self.shuffle, self.passes, self.shard = bs, augment, shuffle, passes, shard
+        self.bs = bs
+        self.augment = augment
+        self.shuffle = shuffle
+        self.passes = passes
+        self.shard = shard
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.affine = to_floats(x, stats) if x.dtype == torch.uint8 else None
 
@@ -62,7 +66,7 @@ class TensorLoader:
     def device(self) -> torch.device: return self.x.device
 
     def to_detach(self, b:Tensor, cpu:bool=True, gather:bool=True) -> Tensor:
-        "Return what fastai's metrics add up: of this process alone, where it is."
+        "Detach a tensor for fastai's metrics, without moving or gathering it."
         return b.detach()
 
 # %% ../nbs/45_data.ipynb #cfb1e14d
@@ -96,7 +100,7 @@ def _floats(self:TensorLoader, x:Tensor) -> Tensor:
 def to(self:TensorLoader,
     device:torch.device, # of the images
 ) -> TensorLoader:       # itself
-    "Move images to another device, where the generator starts anew."
+    "Move images to another device and restart the generator there."
     x = self.x.to(device)
     if x.device == self.x.device: return self # 'cuda' and 'cuda:0' are the same device
     self.x = x
@@ -109,7 +113,7 @@ def to(self:TensorLoader,
 def fixed(self:TensorLoader,
     n:int,      # batches
     seed:int=0, # of order and augmentation
-    shard:World=World(), # rank and number of ranks: of the n whole batches this rank has every so many
+    shard:World=World(), # rank and number of ranks: this rank gets every so many of the n whole batches
 ) -> list[tuple[Tensor, Tensor]]: # of `(x, y)`
     "Return the same batches every time, leaving the loader's own generator alone."
     dl = copy.copy(self)
@@ -122,12 +126,12 @@ def fixed(self:TensorLoader,
 # %% ../nbs/45_data.ipynb #53b01253
 def move(
     x:Tensor,    # `(B, C, H, W)` images, any dtype
-    dy:Tensor,   # `(B, 1)` first row that is kept of the padded image, 0 to 2 pixels
+    dy:Tensor,   # `(B, 1)` first row of the padded image that is kept, 0 to 2*pixels
     dx:Tensor,   # `(B, 1)` first column, likewise
     pixels:int,  # of zeros around the image
     flip:Tensor|None=None, # `(B, 1)` bool: mirrored left to right after the move? None: none is
 ) -> Tensor:     # `(B, C, H, W)`, channels_last
-    "Return each image's own window of its zero-padded self."
+    "Return a window of each image after padding it with zeros."
     B, C, H, W = x.shape
     device = x.device
     rows = dy + torch.arange(H, device=device)                                 # (B, H)
@@ -146,7 +150,7 @@ def crop_and_flip(
     generator:torch.Generator, # source of the draws, on the images' device
     pixels:int=4,              # of zeros on each side
 ) -> Tensor:                   # `(B, C, H, W)`
-    "Crop each image at its own place from its zero-padded self and mirror half of them."
+    "Pad with zeros, crop each image at its own place, and mirror half of them."
     dy, dx = torch.randint(0, 2*pixels+1, (2, len(x), 1), generator=generator, device=x.device)
     flip = torch.randint(0, 2, (len(x), 1), generator=generator, device=x.device).bool()
     return move(x, dy, dx, pixels, flip)
@@ -157,7 +161,7 @@ def split_classes(
     portion:float, # of every class that goes into the first part, 0-1, rounded to whole images
     seed:int=0,    # of the draw
 ) -> tuple[Tensor, Tensor]: # sorted indices of the first part and of the rest
-    "Split a set in two, each class in the same portion; raise `ValueError` if that is not in 0-1."
+    "Split a set in two, each class in the same portion; `ValueError` if that is not in 0-1."
     if not 0 <= portion <= 1: raise ValueError(f'portion {portion}, expected 0 to 1')
     rng = np.random.default_rng(seed)
     first = torch.zeros(len(y), dtype=torch.bool)
@@ -170,7 +174,7 @@ def balanced(
     y:Tensor, # `(N,)` classes
     n:int,    # images wanted, the same number of each class; 0: all
 ) -> Tensor:  # sorted indices
-    "Return the first images of each class; raise `ValueError` if `n` is too large or no multiple."
+    "Return the first images of each class; `ValueError` if `n` is too large or not a multiple."
     if not n: return torch.arange(len(y))
     classes, counts = y.unique(return_counts=True)
     C = len(classes)
@@ -234,7 +238,7 @@ def loaders(
 
 # %% ../nbs/45_data.ipynb #1a5712ef
 def digits_data(
-    bs:int=100, # images a training batch
+    bs:int=100, # images in a training batch
     seed:int=0, # of order and augmentation in training
     passes:int=1, # over the training images that count as one epoch
     n_train:int=0, # training images, balanced; 0: all 800
@@ -264,7 +268,7 @@ def mean_std(
 
 def shrink(
     x:Tensor, # uint8 `(N, C, H, W)`
-    px:int,   # pixels a side afterwards; 0: as they are
+    px:int,   # pixels per side afterwards; 0: as they are
 ) -> Tensor:  # uint8 `(N, C, px, px)`
     "Shrink images by averages over areas; raise `ValueError` if they would grow."
     most = x.shape[-1]
@@ -291,7 +295,7 @@ def image_splits(
     portion:float=.5,  # of the training images that train, the others validate; 1: halve the test images
     n_train:int=0,     # training images, balanced; 0: all
     n_valid:int=0,     # validation images, balanced; 0: all
-    px:int=0,          # pixels a side; 0: as they are
+    px:int=0,          # pixels per side; 0: as they are
 ) -> Splits:           # images uint8 `(N, 3, px, px)`, classes int64 `(N,)`
     "Return the fixed splits of a set of images; raise `ValueError` if images are missing or too few."
     if not 0 < portion <= 1: raise ValueError(f'portion {portion}, expected above 0 and at most 1')
@@ -309,7 +313,7 @@ def image_splits(
 # %% ../nbs/45_data.ipynb #82f93f63
 def image_data(
     name:str,          # a key of `IMAGE_SETS`
-    bs:int=256,        # images a training batch
+    bs:int=256,        # images in a training batch
     seed:int=0,        # of order and augmentation in training
     passes:int=1,      # over the training images that count as one epoch
     folder:str|None=None, # as in `image_splits`, and so are the others
@@ -329,10 +333,10 @@ def image_data(
 # %% ../nbs/45_data.ipynb #e8964696
 def imagenet_data(
     folder:str|None=None, # with `train/<class>/` and `val/<class>/`; None: `imagenet` in `data_folder`
-    bs:int=1024,       # images a batch of all ranks; the paper's
+    bs:int=1024,       # images in a batch of all ranks; the paper's
     seed:int=0,        # of order and augmentation in training
     passes:int=1,      # over the training images that count as one epoch
-    px:int=224,        # pixels a side
+    px:int=224,        # pixels per side
     n_train:int=0,     # training images; 0: all that don't validate
     n_valid:int=0,     # training images that validate; 0: the paper's 50,000
     n_workers:int=-1,  # processes that read, for each split; 0: this one; -1: a share of the cores
@@ -353,9 +357,9 @@ def imagenet_data(
 # %% ../nbs/45_data.ipynb #7646c947
 def held(
     dl:TensorLoader|FileLoader, # of evaluation
-    most:float=2**30, # bytes that floats may take
+    most:float=2**30, # bytes that floats may take up
 ) -> list[tuple[Tensor, Tensor]]|TensorLoader: # batches of `(x, y)`
-    "Return the batches of an evaluation loader to go through many times."
+    "Return the batches of an evaluation loader, ready to go through many times."
     if isinstance(dl, FileLoader):
         if not any(dl.order): return [] # more ranks than images
         dl = _read(dl)

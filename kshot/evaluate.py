@@ -41,7 +41,7 @@ def accuracy_loss(
 # %% ../nbs/58_evaluate.ipynb #dd9cc4f4
 @contextmanager
 def evaluating(
-    supernet:Supernet, # in any mode, and back in it afterwards
+    supernet:Supernet, # in any mode, which is restored afterwards
 ) -> Iterator[None]:
     "Switch to evaluation mode for a while; costs nothing if it is on already."
     was_training = supernet.training
@@ -72,14 +72,14 @@ def recalibrate_bn(
     path:Path,         # op index per block
     weights:dict[str, Tensor], # of the path, from `supernet.weights`
     batches:list[tuple[Tensor, Tensor]], # fixed, all of the same size
-    is_sharded:bool=False, # does every rank hold some of the batches? then statistics are averaged over all
+    is_sharded:bool=False, # does every rank hold some of the batches? Then statistics are averaged over all
 ) -> dict[str, Tensor]: # running mean, variance and count by name
     "Return batch-norm statistics of one path: reset, then averaged over `batches`."
     stats = fresh_stats(supernet, path)
     counts = {name: stats.pop(name) for name in list(stats) if name.endswith('num_batches_tracked')}
     norms = [supernet.net.get_submodule(name.rpartition('.')[0]) for name in counts]
     lent = dict(stats)
-    if supernet.track_bn: # else it would count with its own
+    if supernet.track_bn: # it would change its own counts otherwise
         lent |= {name: c.clone() for name,c in counts.items()}
     with evaluating(supernet): # everything but batch norm
         _average(norms, [x for x,_ in batches], lambda x: supernet.run_with(x, path, weights, lent))
@@ -131,7 +131,7 @@ def _advance(
     calibration:list|None, # inputs for batch norm; None: each input's own statistics
     inputs:list,
 ) -> tuple[list|None, list]:
-    "Run calibration batches through a module by their own statistics, and others by the mean of these."
+    "Run a module on calibration batches with their own statistics, and on inputs with their mean."
     lent = _inside(weights, name) | {n: t.clone() for n,t in _inside(stats, name).items()}
     names = [n for n in supernet.norms if n == name or n.startswith(f'{name}.')]
     norms = [supernet.net.get_submodule(n) for n in names]
@@ -185,7 +185,7 @@ def score_chain(
 def score_paths(
     supernet:Supernet,  # trained
     codes,              # paths -> `(N, K)` codes
-    space:Space,        # prints the paths
+    space:Space,        # writes paths as strings
     paths:list[Path],   # N paths
     batches:list[tuple[Tensor, Tensor]],  # to score on
     calibration:list[tuple[Tensor, Tensor]]|None, # as in `score_path`

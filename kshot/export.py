@@ -96,10 +96,10 @@ def _is_channels_last(weights:dict[str, Tensor]) -> bool:
 def save_subnet(
     folder:FilePath,  # of the subnet
     module:nn.Module, # what `kshot.networks.subnet` returned, trained
-    about:dict,       # space, path, the arguments of `get_net`; more is written, too
+    about:dict,       # space, path, the arguments of `get_net`; further keys are kept
     ema:nn.Module|None=None, # average of its weights, to save instead of them
 ) -> dict:            # content of `subnet.json`
-    "Write a subnet's two files; `ValueError`, and no file, if `about` is another network."
+    "Write a subnet's two files; `ValueError`, and no file, if `about` describes another."
     weights = (module if ema is None else ema).state_dict()
     check_tensors(weights, build_subnet(about).state_dict())
     kind = 'last' if ema is None else 'ema'

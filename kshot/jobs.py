@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 import pandas as pd
 import torch
 from torch import nn
-from .data import held # before fastai: it silences a warning of its import
+from .data import held # before fastai: it silences a warning of fastai's import
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .base.distributed import agree, distributed, gather, is_first
 from .base.files import locked
@@ -62,15 +62,15 @@ def rank_seeds(
     question:dict,   # arguments of `get_truth`
     seeds:int=1,     # number of seeds
     **scoring,       # as in `rank_run`
-) -> pd.DataFrame:   # a row a scorer: means over the seeds and `METRIC_std`
+) -> pd.DataFrame:   # a row per scorer: means over the seeds and `METRIC_std`
     "Train, score and rank with several seeds; raise `ValueError` if the folder is not free."
     if seeds < 1: raise ValueError(f'seeds={seeds}, expected at least 1')
     folder = FilePath(folder)
     name = question['table']
     table = get_table(name)
     if not is_of_space(table, config.space):
-        found = f'table {name!r} is of space {table.space!r}'
-        raise ValueError(f'{found}, expected {config.space!r}')
+        given = f'table {name!r} is of space {table.space!r}'
+        raise ValueError(f'{given}, expected {config.space!r}')
     get_truth(**question) # a question without an answer fails before anything is trained
     with lock_run(folder): return _rank_seeds(config, folder, question, seeds, scoring)
 
@@ -179,8 +179,8 @@ def search_run(
         search.sync() # what the other workers found last
         frame = search.frame()
         if is_first() and search.is_cut and search.n_done < n:
-            progress = f'{str(folder)!r} has {len(frame)} of {n} paths'
-            print(f'{progress}: search again to go on', file=sys.stderr)
+            state = f'{str(folder)!r} has {len(frame)} of {n} paths'
+            print(f'{state}: search again to go on', file=sys.stderr)
         elif is_first():
             write_parquet(frame, folder/'search.parquet')
             best = frame.path[0]
@@ -219,7 +219,7 @@ def retrain_run(
     path:str|None=None,  # formatted; None: the best that `search_run` found
     recipe:str='quick',  # name of a recipe, see `kshot.retrain`
     epochs:int=0,        # 0: the recipe's
-    bs:int=0,            # images a batch, over all processes; 0: the recipe's, or the run's
+    bs:int=0,            # images in a batch, over all processes; 0: the recipe's, or the run's
     seed:int=0,          # of weights, order and augmentation
     progress:bool=False, # report every epoch?
 ) -> dict:               # path, costs, acc_valid and acc_alone (test) 0-1
@@ -250,8 +250,8 @@ def retrain_run(
         result |= gather(costs)[0]
         if is_first():
             about = _about_subnet(config, result, path, dls)
-            with locked(folder/'.subnet.lock', wait=True): # the last retraining's is the run's
-                for where in (own, folder): save_subnet(where, module, about, ema)
+            with locked(folder/'.subnet.lock', wait=True): # the run has the last retraining's
+                for target in (own, folder): save_subnet(target, module, about, ema)
             add_result(folder, 'retrain', result, started)
         agree('done', 'the end')()
     return result

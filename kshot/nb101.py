@@ -38,7 +38,8 @@ def prune(
         if is_edge:
             feeds[i] |= 1<<j
             reads[j] |= 1<<i
-    from_input, to_output = 1, 1<<6 # vertices found so far, as sets of bits
+    from_input = 1 # vertices reached so far, as bits of a number
+    to_output = 1<<6 # vertices that reach the output
     for v in range(7):
         if from_input>>v & 1: from_input |= feeds[v]
         if to_output>>(6-v) & 1: to_output |= reads[6-v]
@@ -63,7 +64,7 @@ def is_cell(
     return cell is not None and sum(map(sum, cell.matrix)) <= 9
 
 # %% ../nbs/03_nb101.ipynb #88150a74
-def _start(o) -> str: return repr(o)[:200] # a message is one line, whatever somebody hands in
+def _excerpt(o) -> str: return repr(o)[:200] # keeps an error message short
 
 def _check_cell(m:np.ndarray, ops:Sequence[str]):
     V = len(ops)
@@ -71,20 +72,20 @@ def _check_cell(m:np.ndarray, ops:Sequence[str]):
         raise ValueError(f'matrix of shape {m.shape} and {V} ops, '
                          'expected (V, V) and V for V of 2 to 7')
     if any(x not in (0, 1) for x in m.flat):
-        raise ValueError(f'matrix {_start(m.tolist())}, expected 0 and 1')
+        raise ValueError(f'matrix {_excerpt(m.tolist())}, expected 0 and 1')
     if np.tril(m.astype(int)).any():
-        raise ValueError(f'matrix {_start(m.tolist())}, expected 0 and 1 above the diagonal only')
+        raise ValueError(f'matrix {_excerpt(m.tolist())}, expected 0 and 1 above the diagonal only')
     if ops[0] != 'input' or ops[-1] != 'output':
-        raise ValueError(f"ops {_start(list(ops))}, expected 'input' first and 'output' last")
+        raise ValueError(f"ops {_excerpt(list(ops))}, expected 'input' first and 'output' last")
     for op_name in ops[1:-1]:
         if op_name not in NB101_OPS:
-            raise ValueError(f'op {_start(op_name)}, expected one of {", ".join(NB101_OPS)}')
+            raise ValueError(f'op {_excerpt(op_name)}, expected one of {", ".join(NB101_OPS)}')
 
 def nb101_path(
     matrix:Sequence[Sequence[int]], # `(V, V)` adjacency, upper triangular, `V` 2 to 7
     ops:Sequence[str],              # `V` names, 'input' first and 'output' last
 ) -> Path:                          # 26 choices, dead parts included
-    "Return the path of a cell in the benchmark's notation; `ValueError` if it is no cell."
+    "Return the path of a cell in the benchmark's notation; `ValueError` if it is not a cell."
     m = np.array(matrix, dtype=object)
     _check_cell(m, ops)
     V = len(ops)
@@ -104,7 +105,7 @@ def nb101_string(
 def parse_nb101(
     s:str,     # what `nb101_string` returned
 ) -> Path:     # 26 choices
-    "Return the path of a string; `ValueError` if it is no cell."
+    "Return the path of a string; `ValueError` if it is not a cell."
     try: matrix, ops = map(list, json.loads(s))
     except (ValueError, TypeError, RecursionError) as e:
         expected = '[[[0,1],[0,0]],["input","output"]]'

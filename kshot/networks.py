@@ -29,10 +29,11 @@ class Chain(nn.Module):
     def __init__(self,
         stem:nn.Module,             # before the first block
         blocks:list[list[nn.Module]], # `blocks[l][o]`: op `o` of block `l`
-        head:nn.Module,             # behind the last block
+        head:nn.Module,             # after the last block
     ):
         super().__init__()
-        self.stem, self.head = stem, head
+        self.stem = stem
+        self.head = head
         self.blocks = nn.ModuleList(nn.ModuleList(ops) for ops in blocks)
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
@@ -48,21 +49,21 @@ class Chain(nn.Module):
 
     @property
     def is_chain(self) -> bool:
-        "Does a block read nothing but the output of the block before it?"
-        return type(self).forward is Chain.forward # a subclass may go another way
+        "Return whether each block reads nothing but the output of the block before it."
+        return type(self).forward is Chain.forward # a subclass may override it
 
     @property
     def is_tree(self) -> bool:
-        "Do paths that begin alike compute the same up to where they part?"
+        "Return whether paths that begin alike compute the same until they part."
         return self.is_chain
 
 # %% ../nbs/15_networks.ipynb #0df37feb
 class WidthChain(Chain):
-    "A chain whose paths go on with widths: one a block, or one for all."
+    "A chain whose paths end in widths: one per block, or one for all."
     def __init__(self,
         stem:nn.Module,             # before the first block
         blocks:list[list[nn.Module]], # `blocks[l][o]`: op `o` of block `l`, sliceable if it has a middle
-        head:nn.Module,             # behind the last block
+        head:nn.Module,             # after the last block
         widths:list[tuple[float, ...]], # shares of each width block: as many as blocks, or one
     ):
         super().__init__(stem, blocks, head)
@@ -80,7 +81,7 @@ class WidthChain(Chain):
             middles = self.channels[l][o]
             yield (l, o, middles[w]) if middles else (l, o)
 
-    is_tree = False # the widths stand behind all ops
+    is_tree = False # the widths come after all ops
 
 def _middles(ops, shares) -> list[list[int]|None]: # channels of each op at each width
     middles = [getattr(op, 'middle', None) for op in ops]
@@ -91,9 +92,9 @@ def _middles(ops, shares) -> list[list[int]|None]: # channels of each op at each
 def chain(
     space:Space,                     # its op names are looked up in `kshot.nets.ops`
     stem:nn.Module,                  # before the first block
-    c_in:int,                        # channels behind the stem
+    c_in:int,                        # channels after the stem
     stages:list[tuple[int, int, int]], # rows of channels, number of blocks, stride of the first of them
-    head:nn.Module,                  # behind the last block
+    head:nn.Module,                  # after the last block
 ) -> Chain:                          # untrained
     "Build a chain of a space's ops; `ValueError` unless `stages` have as many blocks as the space."
     shapes = []
@@ -125,7 +126,7 @@ def macro_net(
     n_classes:int=10, # classes
 ) -> Chain:           # `(B, 3, 32, 32)` -> `(B, n_classes)`
     "Build the network of NAS-Bench-Macro."
-    last = conv_bn(8*channels, 40*channels, 1) # drawn first: another order would be other weights
+    last = conv_bn(8*channels, 40*channels, 1) # drawn first: the order decides the weights
     head = nn.Sequential(last, pool_and_classify(40*channels, n_classes))
     stem = conv_bn(3, channels, 3)
     stages = [(2*channels, 2, 2), (4*channels, 3, 2), (8*channels, 3, 2)]
@@ -244,7 +245,8 @@ def reads(
 class _AtPath(nn.Module):
     def __init__(self, net:nn.Module, path:Path):
         super().__init__()
-        self.net, self.path = net, path
+        self.net = net
+        self.path = path
     def forward(self, x:Tensor) -> Tensor: return self.net(x, self.path)
 
 class _Tracer(fx.Tracer):

@@ -228,7 +228,7 @@ def _ceiling_metrics(per_seed:np.ndarray, n:int) -> pd.Series:
 def protocol(
     acc_super:Sequence[float]|dict, # `(N,)` scores, or name -> scores of several scorers
     acc_alone:Sequence[float],      # `(N,)` truth
-    baselines:dict|None=None,       # name -> `(N,)` numbers that rank without training, as MACs or parameters
+    baselines:dict|None=None,       # name -> `(N,)` numbers that rank without training, such as MACs
     per_seed:Sequence[Sequence[float]]|None=None, # `(S, N)` stand-alone accuracy per seed: adds the ceiling
     generator:np.random.Generator|None=None, # for the intervals; None: a fresh one with seed 0
     n_boot:int=500,                 # number of resamples of an interval
@@ -274,7 +274,7 @@ def _finite_scores(scores:pd.DataFrame, name:str) -> pd.DataFrame: # index path
     if missing: raise ValueError(f'no column {missing[0]!r} in the scores of {name!r}')
     if scores.path.duplicated().any():
         twice = f'scores of {name!r} have a path several times'
-        raise ValueError(f'{twice}, expected a frame a run: name -> frame')
+        raise ValueError(f'{twice}, expected a frame per run: name -> frame')
     scores = scores.set_index('path', drop=False).rename_axis(index=None)
     columns = [c for c in ('acc_super', 'loss_super') if c in scores]
     numbers = scores[columns].apply(pd.to_numeric, errors='coerce')
@@ -292,9 +292,9 @@ def _common_truth(runs:dict, truth:pd.DataFrame) -> pd.Series: # index path
 # %% ../nbs/60_rank.ipynb #e5f90014
 def align_scores(
     scores:pd.DataFrame|Mapping, # as in `scorers_of`, with a column path; or name -> frame of several runs
-    truth:pd.DataFrame,          # index path, a column a seed, as `kshot.tables.get_truth` returns
+    truth:pd.DataFrame,          # index path, a column per seed, as `kshot.tables.get_truth` returns
 ) -> tuple[dict, pd.DataFrame, list]: # name -> scores with acc_alone, their truth, paths left out
-    "Keep paths that all have, in one order; `ValueError` without any, `TypeError` for no frame."
+    "Keep paths that all have, in one order; `ValueError` if none, `TypeError` unless frames."
     runs = dict(scores) if isinstance(scores, Mapping) else dict(supernet=scores)
     for frame in (*runs.values(), truth):
         if not isinstance(frame, pd.DataFrame):
@@ -314,7 +314,7 @@ def rank_scores(
     scores:pd.DataFrame|Mapping, # as in `align_scores`
     truth:pd.DataFrame,          # as there
     n_boot:int=200,              # resamples of the intervals
-) -> pd.DataFrame:               # one row a scorer, baseline and the ceiling, see `protocol`
+) -> pd.DataFrame:               # one row per scorer, baseline and the ceiling, see `protocol`
     "Run the protocol on frames; `ValueError` if a path is missing, and as in `align_scores`."
     runs, per_seed, left_out = align_scores(scores, truth)
     if left_out:

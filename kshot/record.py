@@ -79,8 +79,8 @@ def add_result(
 
 # %% ../nbs/82_record.ipynb #ab458cce
 def _entries(folder:FilePath) -> Iterator[FilePath]: # at any depth; some may go meanwhile
-    for where,folders,files in os.walk(folder):
-        for name in (*folders, *files): yield FilePath(where, name)
+    for parent,folders,files in os.walk(folder):
+        for name in (*folders, *files): yield FilePath(parent, name)
 
 def check_links(
     folder:FilePath, # perhaps somebody else's
@@ -120,7 +120,7 @@ def has_run(
     folder:FilePath, # that may hold something
     config:Config,   # of the run that is expected
 ) -> bool:           # is there a record?
-    "Tell whether a folder holds a run; raise `ValueError` if it has another configuration."
+    "Return whether a folder holds a run; raise `ValueError` if it has another configuration."
     if not (folder/'run.json').exists(): return False
     recorded = asdict(read_config(folder))
     for name,value in asdict(config).items():

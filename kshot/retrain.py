@@ -16,7 +16,7 @@ from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
 import numpy as np
 import torch
-from .data import DataLoaders # before fastai: it keeps a warning of its import quiet
+from .data import DataLoaders # before fastai: it silences a warning of fastai's import
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -149,13 +149,14 @@ def set_dropout(
 
 class RecipeCallback(Callback):
     "Follow a recipe: learning rate, dropout, gradients of all processes, average of weights."
-    order = 12 # behind mixed precision, which scales gradients
+    order = 12 # after mixed precision, which scales gradients
 
     def __init__(self,
         recipe:Recipe, # what to follow
         seed:int=0,    # of dropout
     ):
-        self.recipe, self.seed = recipe, seed
+        self.recipe = recipe
+        self.seed = seed
         self.average = None
 
     def before_fit(self):
@@ -179,11 +180,11 @@ class RecipeCallback(Callback):
 # %% ../nbs/66_retrain.ipynb #5dfbe990
 class RetrainCallback(Callback):
     "Score, log and save after each epoch, or resume; `ValueError` if a loss is not finite."
-    order = 65 # everyone else is done with the epoch
+    order = 65 # all other callbacks are done with the epoch
 
     def __init__(self,
         folder:FilePath|None=None, # of the retraining; None: save nothing
-        resume:bool=False, # go on from the newest checkpoint, if any? otherwise there must be none
+        resume:bool=False, # resume from the newest checkpoint, if any? Otherwise there must be none
         progress:bool=False, # print a line per epoch?
     ):
         self.folder = folder and FilePath(folder)
@@ -205,7 +206,8 @@ class RetrainCallback(Callback):
     def before_epoch(self):
         if self.epoch < self.start: raise CancelEpochException
         self.losses = [] # not checked yet
-        self.sum_losses, self.n_losses = 0., 0 # of the checked ones
+        self.sum_losses = 0. # of those checked
+        self.n_losses = 0    # checked
 
     def after_batch(self):
         self.losses.append(self.learn.loss.detach())
@@ -299,7 +301,8 @@ def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
         for name,t in modules.items(): t.copy_(tensors[name])
     load_optimizer_state(self.opt.opt, part_of(tensors, 'opt'))
     self.dls.train.generator.set_state(tensors['rng/loader'])
-    self.log, self.start = meta['log'], meta['epoch']
+    self.log = meta['log']
+    self.start = meta['epoch']
     if is_first(): tidy(self.folder, self.log)
 
 # %% ../nbs/66_retrain.ipynb #2b905475
@@ -313,10 +316,10 @@ def retrain(
     dls:DataLoaders,   # its first loader trains, its second validates; a process has its shard
     recipe:Recipe,     # what `get_recipe` returned
     folder:FilePath|None=None, # for checkpoints and the log; None: save nothing
-    resume:bool=False, # go on from the newest checkpoint in the folder, if there is one?
+    resume:bool=False, # resume from the newest checkpoint in the folder, if there is one?
     seed:int=0,        # of dropout
     progress:bool=False, # show a bar, and print a line per epoch?
-    cbs:Sequence[Callback]=(), # further ones, such as fastai's `MixedPrecision`
+    cbs:Sequence[Callback]=(), # further callbacks, such as fastai's `MixedPrecision`
 ) -> Retrained:
     "Train a plain module; `ValueError` for another run's folder or batch size, or a bad loss."
     if recipe.bs not in (0, dls.train.bs):

@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 import pandas as pd
 from torch import Tensor, nn
 from fastprogress.fastprogress import progress_bar
-from .data import held # before fastai: it silences a warning of its import
+from .data import held # before fastai: it silences a warning of fastai's import
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .base.distributed import World, agree, distributed, is_first
@@ -30,7 +30,7 @@ from .train import Learner, cosine
 def train_run(
     config:Config,     # what to train
     folder:FilePath,   # of the run
-    resume:bool=False, # go on with a run that was interrupted? Its own configuration holds
+    resume:bool=False, # resume an interrupted run? Its own configuration counts
     cbs=None,          # more callbacks, such as a `kshot.lab.live.LiveCallback`
     progress:bool=True, # show a bar and the epochs?
 ) -> Learner:          # fitted
@@ -64,7 +64,7 @@ def _config_to_train(config:Config, folder:FilePath, resume:bool) -> Config:
     return read_config(folder)
 
 def _note_training(folder:FilePath, config:Config, learn:Learner, cb:CheckpointCallback):
-    "Record the last epoch of a training that is whole, or say how to go on."
+    "Record the last epoch of a finished training, or say how to resume."
     sampler = learn.k_shot.sampler
     n_epochs = len(cb.log)
     if n_epochs == config.epochs or getattr(sampler, 'is_done', False):
@@ -156,7 +156,7 @@ def score_run(
 
 # %% ../nbs/85_runs.ipynb #29648984
 class _Scoring:
-    "The scores of a run: those that there are, and the way to more."
+    "The scores that a run has, and how to add more."
     def __init__(self, folder:FilePath, shard:World, n_calibration:int, bf16:bool):
         self.started = time.monotonic()
         self.config, self.learn = load_run(folder, shard)
@@ -180,7 +180,7 @@ class _Scoring:
             raise ValueError(f'{made}, expected {settings}: remove it to score anew')
         n = self.shard.size
         if settings['n_calibration'] or n == 1 or self.config.track_bn: return
-        # each process would normalise by its own images
+        # each process would normalize by its own images
         raise ValueError(f'n_calibration=0 in {n} processes, expected one, or calibration')
 
 # %% ../nbs/85_runs.ipynb #cf14e1a4

@@ -20,7 +20,7 @@ from .space import Path, Space
 REFUSALS = 100_000 # in a row, until a sampler gives up
 
 class UniformSampler:
-    "Draw one path a step, each accepted one with the same chance (SPOS)."
+    "Draw one path per step, each accepted one with the same chance (SPOS)."
     n_a_step = 1 # paths of a step
     def __init__(self,
         space:Space, # what to draw from
@@ -29,11 +29,11 @@ class UniformSampler:
     ):
         self.space = space
         self.accept = accept
-        self.drawn = space # what random paths are of, before they are accepted
+        self.drawn = space # the space that random paths come from, before `accept`
         self.rng = np.random.default_rng(seed)
 
     def draw(self) -> Path:
-        "Draw a path that is accepted; `ValueError` if 100,000 in a row are not."
+        "Draw an accepted path; `ValueError` if 100,000 in a row are not."
         for _ in range(REFUSALS):
             path, = self.drawn.sample(self.rng, 1)
             if self.accept is None or self.accept(path): return path
@@ -49,14 +49,14 @@ class UniformSampler:
 # %% ../nbs/40_sampler.ipynb #6212f5e0
 @patch
 def state(self:UniformSampler) -> dict:
-    "Return the state, as JSON can hold it."
+    "Return the state in types that JSON can hold."
     return dict(sampler=type(self).__name__, rng=self.rng.bit_generator.state)
 
 @patch
 def load_state(self:UniformSampler,
     state:dict, # what `state` returned
 ):
-    "Go on where `state` was taken; `ValueError` for the state of another sampler."
+    "Continue from a state; `ValueError` for the state of another sampler."
     kind = state.get('sampler')
     expected = type(self).__name__
     if kind != expected: raise ValueError(f"state of sampler {kind!r}, expected {expected!r}")
@@ -67,7 +67,7 @@ def _pruned(space:Space, path:Path) -> Path: # the one path that an architecture
     return path if space.members is None else space.parse(space.native(path))
 
 class RandomNASSampler(UniformSampler):
-    "Draw one path a step by random decisions, until the space's rule is met (Random-NAS)."
+    "Draw one path per step by random decisions, until the space's rule is met (Random-NAS)."
     def __init__(self,
         space:Space, # what to draw from
         seed:int=0,  # of the draws
@@ -77,12 +77,12 @@ class RandomNASSampler(UniformSampler):
         self.drawn = replace(space, members=None) # combinations, not architectures
 
     def draw(self) -> Path:
-        "Draw a path that is accepted, without dead choices; `ValueError` as in `UniformSampler`."
+        "Draw an accepted path without dead choices; `ValueError` as in `UniformSampler`."
         return _pruned(self.space, super().draw())
 
 # %% ../nbs/40_sampler.ipynb #f1b747ae
 class FairSampler(UniformSampler):
-    "Draw as many paths a step as a block has ops, each op on exactly one path (FairNAS)."
+    "Draw as many paths per step as a block has ops, each op on exactly one path (FairNAS)."
     def __init__(self,
         space:Space, # with equal numbers of ops in its blocks
         seed:int=0,  # of the draws
@@ -116,7 +116,7 @@ def __call__(self:FairSampler,
 @patch
 def _permute(self:FairSampler) -> list[Path]:
     rest = self.draw() if self.has_rest else ()
-    columns = [] # one a block
+    columns = [] # one per block
     for l,block in enumerate(self.space.blocks):
         if block.kind == 'op': column = self.rng.permutation(self.n_a_step).tolist()
         else: column = [rest[l]]*self.n_a_step
@@ -159,14 +159,14 @@ class Pool:
 
 # %% ../nbs/40_sampler.ipynb #83e40d40
 class GreedySampler(UniformSampler):
-    "Draw one path a step out of the best few of each round (GreedyNAS)."
+    "Draw one path per step from the best few of each round (GreedyNAS)."
     def __init__(self,
         space:Space, # what to draw from
         seed:int=0,  # of the draws
         accept:Callable[[Path], bool]|None=None, # as in `UniformSampler`
         *,
         score:Callable[[list[Path]], list[float]], # losses of paths, lower is better
-        n_drawn:int=10,  # paths scored a round
+        n_drawn:int=10,  # paths scored per round
         n_kept:int=5,    # of them trained
         p_pool:float=.8, # chance of a draw from the pool at the end of training
         pool:Pool|None=None, # None: as in the paper
@@ -216,7 +216,7 @@ def _draw_known(self:GreedySampler, known:list[Path], p:float) -> Path|None: # w
 # %% ../nbs/40_sampler.ipynb #c187c0dc
 @patch
 def state(self:GreedySampler) -> dict:
-    "Return the state, as JSON can hold it."
+    "Return the state in types that JSON can hold."
     pool = self.pool
     of_pool = dict(pool=list(pool.losses.items()), before=sorted(pool.before),
                    share_new=pool.share_new, n_scored=pool.n_scored)
@@ -226,7 +226,7 @@ def state(self:GreedySampler) -> dict:
 def load_state(self:GreedySampler,
     state:dict, # what `state` returned
 ):
-    "Go on where `state` was taken; `ValueError` for the state of another sampler."
+    "Continue from a state; `ValueError` for the state of another sampler."
     super(GreedySampler, self).load_state(state)
     pool = self.pool
     self.queue = deque(map(tuple, state['queue']))
@@ -245,7 +245,7 @@ def get_sampler(
     space:Space, # what to draw from
     seed:int=0,  # of the draws
     **kwargs,    # of that sampler
-) -> UniformSampler: # called once a step
+) -> UniformSampler: # called once per step
     "Return a sampler by name; `ValueError` if there is none."
     if name not in SAMPLERS:
         raise ValueError(f'sampler {name!r}, expected one of {", ".join(SAMPLERS)}')

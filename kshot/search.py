@@ -35,7 +35,7 @@ class Search:
         tradeoff:str|None=None,  # name of a cost to minimize while maximizing the score
         storage=None,            # journal or URL of a database, which workers share; None: memory
         name:str='search',       # of the study: a storage can hold several
-        locks=None,              # folder, one a storage; None: next to a file, none for a server
+        locks=None,              # folder, one per storage; None: next to a file, none for a server
     ):
         self.space = space
         self.costs = costs or {}
@@ -128,7 +128,7 @@ def frame(self:Search) -> pd.DataFrame: # path (string), score, a column per cos
 def take(self:Search,
     path:Path, # op index per block
 ) -> bool:
-    "Return whether `path` is ours to score: it fits, has no score yet, and nobody else claims it."
+    "Claim a path, if it fits, has no score and no other claim; return whether that worked."
     if not self.fits(path): return False
     if path in self.replay: return True
     if path in self.scores: return False
@@ -195,7 +195,7 @@ def descend(self:Search,
     rng:np.random.Generator, # order in which neighbors are tried
     enough:float=-math.inf,  # value of `over` that ends the walk
 ) -> Path:
-    "Walk downhill until `over` is small enough or smaller at no neighbor; return that path."
+    "Walk downhill until `over` is small enough or no neighbor lowers it; return the last path."
     height = over(path)
     while height > enough:
         near = self.space.neighbors(path)
@@ -234,7 +234,7 @@ def _drawn(self:Search, rng) -> Callable:
 def candidates(self:Search,
     rng:np.random.Generator,      # source of the draws
     algorithm:Algorithm='random', # 'exhaustive' keeps the order of the space
-) -> Callable[[], Iterator[Path]]: # starts anew at each call
+) -> Callable[[], Iterator[Path]]: # starts over at each call
     "Return a function that yields paths to try; `ValueError` if none fits or there are too many."
     n = math.prod(self.space.sizes)
     if n <= ENUMERABLE: return self._listed(rng, algorithm)
@@ -288,7 +288,7 @@ def finish(self:Search,
     self.replay.clear()
     try:
         finished = self.study.tell(trial, self._values(path, score))
-        self.sync() # without locks somebody may have recorded it by now
+        self.sync() # without locks another worker may have recorded it by now
         if path not in self.scores:
             with storage_errors(self.storage): self.record.add_trial(finished)
     finally: self._release()
@@ -376,9 +376,9 @@ def watching(
     search:Search, # that runs
     n:int,         # paths that are wanted
     progress:bool|Callable, # as in `Search.run`
-    leave:bool=True, # let a bar stand in the end?
+    leave:bool=True, # leave the bar on the screen at the end?
 ) -> Iterator[Callable]:
-    "Yield `show()`, which shows how far a search is and returns False to end it."
+    "Yield `show()`, which shows the progress of a search and returns False to end it."
     if callable(progress):
         with progress if hasattr(progress, '__exit__') else nullcontext():
             yield lambda: progress(search)

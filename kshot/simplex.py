@@ -22,13 +22,14 @@ class SimplexNet(nn.Module):
         K:int,             # length of a code
         hidden:int=64,     # width of the hidden layer
         spread:float=1.,   # standard deviation of the logits at the start
-        per_block:bool=False, # one code a block instead of one a path?
+        per_block:bool=False, # one code per block instead of one per path?
     ):
         super().__init__()
         self.space = space
         self.K = K
         self.L = len(space.blocks) if per_block else None
-        n_in, n_out = sum(space.sizes), K*(self.L or 1)
+        n_in = sum(space.sizes)
+        n_out = K*(self.L or 1)
         self.net = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
         self._standardize(spread)
 
@@ -46,7 +47,7 @@ class SimplexNet(nn.Module):
 
     def forward(self,
         paths:list[Path], # N paths
-    ) -> Tensor:          # `(N, K)`, or `(N, L, K)` with one code a block
+    ) -> Tensor:          # `(N, K)`, or `(N, L, K)` with one code per block
         "Return the simplex codes of paths."
         logits = self.net(self._onehot(paths))
         if self.L is not None: logits = logits.view(len(logits), self.L, self.K)
@@ -85,7 +86,7 @@ class VertexCode(nn.Module):
 class FreeCode(nn.Module):
     "Learn a code of its own for every path, uniform at the start."
     def __init__(self,
-        space:Space, # small enough for a row a path
+        space:Space, # small enough for one row per path
         K:int,       # length of a code
     ):
         super().__init__()
@@ -102,7 +103,7 @@ def discrimination(
     codes:Tensor,   # `(N, K)`, or `(..., N, K)`: the mean over groups of N
     tau:float=.3,   # temperature
 ) -> Tensor:        # scalar
-    "Return the cross-entropy of telling each code from the others by its scalar products."
+    "Return the cross-entropy of telling each code apart by its scalar products."
     similarity = codes @ codes.mT # (..., N, N)
     return -(similarity/tau).log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
@@ -130,7 +131,8 @@ def width_discrimination(
     "Score how hard a path's width settings are to tell apart; `ValueError` as in `width_settings`."
     settings = []
     for path in paths: settings += width_settings(space, path)
-    N, M = len(paths), len(settings)//len(paths)
+    N = len(paths)
+    M = len(settings)//N
     of_settings = codes(settings) # (N*M, K) or (N*M, L, K)
     groups = of_settings.view(N, M, -1, of_settings.shape[-1]) # (N, M, L or 1, K)
     return discrimination(groups.transpose(1, 2), tau)

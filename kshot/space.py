@@ -20,7 +20,7 @@ Kind = Literal['op', 'width', 'input'] # what there is to choose
 
 @dataclass(frozen=True)
 class Block:
-    "A position where one of `choices` is taken; `ValueError` without choices or of unknown kind."
+    "A position where one of `choices` is taken; `ValueError` if it has none or its kind is unknown."
     name:str # of the position, in plots and tables
     choices:tuple[str, ...] # names; a path holds their indices
     kind:Kind='op' # what is chosen
@@ -64,9 +64,10 @@ class Space:
 def check(self:Space,
     path:Iterable[int], # one index per block
 ) -> Path:              # the same as a tuple of ints
-    "Return a path as a tuple; `ValueError` if it is not of this space, `TypeError` without ints."
+    "Return a path as a tuple; `ValueError` if it is not in this space, `TypeError` if not ints."
     path = tuple(int(operator.index(o)) for o in path)
-    n_ops, n_blocks = len(path), len(self.blocks)
+    n_ops = len(path)
+    n_blocks = len(self.blocks)
     if n_ops != n_blocks:
         raise ValueError(f'path {str(path)[:200]} has {n_ops} ops, '
                          f'expected {n_blocks} for space {self.name!r}')
@@ -96,7 +97,7 @@ def __iter__(self:Space) -> Iterator[Path]:
 
 @patch(as_prop=True)
 def n_paths(self:Space) -> int:
-    "Count what an iteration yields; `ValueError` if it would be refused."
+    "Count the paths that iteration yields; `ValueError` where iteration raises it."
     if self.members is not None: return len(self.members())
     return math.prod(self.sizes) if self.is_valid is None else sum(1 for _ in self)
 
@@ -105,7 +106,7 @@ def n_paths(self:Space) -> int:
 def index(self:Space,
     path:Path, # one index per block
 ) -> int:      # 0 to prod(sizes)-1
-    "Return the position of a path among all combinations; `ValueError` if it is not of this space."
+    "Return the position of a path among all combinations; `ValueError` if it is not in this space."
     position = 0
     for o,n in zip(self.check(path), self.sizes): position = position*n + o
     return position
@@ -149,7 +150,7 @@ def native(self:Space,
 def parse(self:Space,
     s:str, # what `format` or `native` returned
 ) -> Path: # one index per block
-    "Return the path that a string stands for; `ValueError` if it is not of this space."
+    "Return the path that a string stands for; `ValueError` if it is not in this space."
     separator = self._separator()
     parts = s.split(separator) if separator else s
     if parts and all(o.isdecimal() for o in parts): return self.check(map(int, parts))
@@ -194,7 +195,8 @@ def sample(self:Space,
     if self.members is not None:
         members = self.members()
         return list(map(tuple, members[rng.integers(len(members), size=n)].tolist()))
-    out, n_misses = [], 0
+    out = []
+    n_misses = 0
     while len(out) < n:
         path = tuple(rng.integers(0, self.sizes).tolist())
         if self.allows(path):

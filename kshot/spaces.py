@@ -19,13 +19,13 @@ from .space import Block, Path, Space
 
 # %% ../nbs/05_spaces.ipynb #8db1041c
 def digits_space() -> Space:
-    "Four blocks of five ops: 625 paths."
+    "Build the space of Digits-Bench: four blocks of five ops, 625 paths."
     ops = ('skip', 'maxpool', 'conv3', 'mlp', 'dw5')
     return Space('digits', tuple(Block(f'block {l}', ops) for l in range(4)))
 
 # %% ../nbs/05_spaces.ipynb #4364d721
 def macro_space() -> Space:
-    "NAS-Bench-Macro: eight layers of three ops, 6,561 paths."
+    "Build the space of NAS-Bench-Macro: eight layers of three ops, 6,561 paths."
     ops = ('identity', 'mb3_k3', 'mb6_k5')
     return Space('macro', tuple(Block(f'layer {l}', ops) for l in range(8)))
 
@@ -56,7 +56,7 @@ def parse_nb201(
 
 # %% ../nbs/05_spaces.ipynb #05e1a003
 def nb201_space() -> Space:
-    "NAS-Bench-201: six edges of five ops, 15,625 cells."
+    "Build the space of NAS-Bench-201: six edges of five ops, 15,625 cells."
     blocks = tuple(Block(f'{i} to {j}', NB201_OPS) for i,j in NB201_EDGES)
     return Space('nb201', blocks, strings=(nb201_string, parse_nb201))
 
@@ -70,7 +70,7 @@ def n_convs(
 
 # %% ../nbs/05_spaces.ipynb #8e3e9c79
 def nb101_space() -> Space:
-    "NAS-Bench-101: 21 possible edges and five ops, 423,624 cells."
+    "Build the space of NAS-Bench-101: 21 possible edges and five ops, 423,624 cells."
     edges = tuple(Block(f'{i} to {j}', ('no edge', 'edge'), 'input') for i,j in NB101_EDGES)
     ops = tuple(Block(f'vertex {v}', NB101_OPS) for v in range(1, 6))
     return Space('nb101', edges+ops, is_cell, nb101_cells, (nb101_string, parse_nb101))
@@ -103,7 +103,7 @@ def _concat_choices(cell:str, concat:list, has_concat:bool) -> list[int]: # 0 or
 # %% ../nbs/05_spaces.ipynb #05e1a009
 def darts_path(
     genotype:dict[str, Sequence], # 'normal' and 'reduce': eight (op name, input); '..._concat': nodes 2 to 5
-    has_concat:bool=False,        # with the choice of what is concatenated?
+    has_concat:bool=False,        # do paths choose what is concatenated?
 ) -> Path:                        # 32 or 40 choices
     "Return the path of a genotype; `ValueError` if it is not one of the space."
     path = []
@@ -149,9 +149,9 @@ def parse_darts(
 def _has_output(path): return any(path[32:36]) and any(path[36:])
 
 def darts_space(
-    has_concat:bool=False, # with the choice of what is concatenated?
+    has_concat:bool=False, # do paths choose what is concatenated?
 ) -> Space:                # 32 or 40 blocks
-    "Normal and reduction cell, four nodes with two inputs each."
+    "Build the space of DARTS: a normal and a reduction cell, four nodes with two inputs each."
     blocks = []
     outs = []
     for cell in DARTS_CELLS:
@@ -199,7 +199,7 @@ def parse_mb(
 def mobilenet_space(
     has_se:bool=False, # h-swish, with and without squeeze-and-excitation?
 ) -> Space:            # 7 or 13 ops a layer
-    "MobileNetV2 blocks: 21 layers of 7 ops, or 13."
+    "Build the space of MobileNetV2 blocks: 21 layers of 7 ops, or 13."
     ops = MB_SE_OPS if has_se else MB_OPS
     blocks = tuple(Block(f'layer {l}', ops) for l in range(21))
     strings = partial(mb_string, ops=ops), partial(parse_mb, ops=ops)
@@ -209,7 +209,7 @@ def mobilenet_space(
 SHUFFLE_OPS = ('shuffle_k3', 'shuffle_k5', 'shuffle_k7', 'xception')
 
 def shufflenet_space() -> Space:
-    "SPOS: twenty layers of four ops."
+    "Build the space of SPOS: twenty layers of four ops."
     return Space('shufflenet', tuple(Block(f'layer {l}', SHUFFLE_OPS) for l in range(20)))
 
 # %% ../nbs/05_spaces.ipynb #a2342f6b

@@ -49,7 +49,9 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, bank, codes, even_step, slots, keep):
         ctx.save_for_backward(bank, codes)
-        ctx.even_step, ctx.slots, ctx.keep = even_step, slots, keep
+        ctx.even_step = even_step
+        ctx.slots = slots
+        ctx.keep = keep
         mixed = codes @ bank # (N, P)
         return mixed if slots is None else tuple(_views(mixed, slots))
 
@@ -147,7 +149,8 @@ def _slots(
     for name,p in net.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(p), []).append(name)
     owner_of = op_owner(ops)
-    slots, banks_of = {}, {}
+    slots = {}
+    banks_of = {}
     for p in net.parameters():
         names = tuple(names_of[id(p)])
         owners = set(map(owner_of, names))
@@ -176,7 +179,7 @@ def _strip(
 
 # %% ../nbs/20_supernet.ipynb #13da3772
 def check_code(
-    code:Tensor, # `(K,)`, or `(L, K)` with one code a block
+    code:Tensor, # `(K,)`, or `(L, K)` with one code per block
     K:int,       # number of supernets
     L:int,       # number of blocks
 ) -> Tensor:     # the same
@@ -205,7 +208,7 @@ def bank_keys(self:Supernet,
 @patch
 def weights(self:Supernet,
     paths:list[Path], # N paths
-    codes:Tensor,     # `(N, K)`, or `(N, L, K)` with one code a block
+    codes:Tensor,     # `(N, K)`, or `(N, L, K)` with one code per block
     gradients:DeferredGradients|None=None, # takes the gradients of the banks; None: the banks do
 ) -> list[dict[str, Tensor]]: # for each path: name in the network -> tensor
     "Return the weights that each path reads at its code."

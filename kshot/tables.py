@@ -81,7 +81,7 @@ class Table:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        "All rows."
+        "Return all rows."
         return self.open().read().to_pandas()
 
 # %% ../nbs/72_tables.ipynb #8f45080d
@@ -158,8 +158,8 @@ def write_table(
 
 # %% ../nbs/72_tables.ipynb #7035527e
 @patch
-def describe(self:Table) -> pd.DataFrame: # a row a group: `KEYS`, paths, seeds, acc_min, acc_median, acc_max
-    "Say what a table holds."
+def describe(self:Table) -> pd.DataFrame: # by group: `KEYS`, paths, seeds, acc_min, acc_median, acc_max
+    "Summarize what a table holds."
     file = self.open()
     rows = []
     for i,group in enumerate(self.info['groups']):
@@ -224,7 +224,7 @@ def per_seed(self:Table,
     paths:list[str]|None=None, # formatted paths, in the order wanted; None: all, sorted
     column:str='acc',          # to read
     **keys,                    # as in `Table.group`
-) -> pd.DataFrame:             # index path, a column a seed; NaN where a path lacks a seed
+) -> pd.DataFrame:             # index path, a column per seed; NaN where a path lacks a seed
     "Return a value of each path and seed; `ValueError` for an unknown path, or as in `group`."
     by = 'hash' if paths is not None and 'hash' in self.open().schema_arrow.names else 'path'
     rows = self.select([by, 'seed', column], **keys)
@@ -255,11 +255,11 @@ def _packaged() -> list[str]: # benchmarks that bring their table
 
 def import_table(
     space:str,              # as in `kshot.benchmark.get_benchmark`
-    source:FilePath|None=None, # file or folder as the benchmark hands it out; None: the one in `data_home`
+    source:FilePath|None=None, # file or folder as the benchmark publishes it; None: the one in `data_home`
     name:str|None=None,     # of the table; None: the benchmark's
     folder:FilePath|None=None, # to write to; None: `tables_folder()`
 ) -> Table:                 # what `get_table(name)` returns from now on
-    "Import a benchmark's own file; `ValueError` if it cannot be read, and then nothing is written."
+    "Import a benchmark's own file; `ValueError`, and nothing written, if it cannot be read."
     benchmark = get_benchmark(space)
     name = name or benchmark.name
     if not re.fullmatch(r'[\w-]+', name) or name in _packaged():
@@ -277,7 +277,7 @@ def import_table(
 def get_table(
     name:str, # of a table or of a benchmark with one, or a table's .parquet file
 ) -> Table:   # nothing but its metadata is read
-    "Return a table, which may be imported first; `ValueError` if there is none."
+    "Return a table, importing it first if need be; `ValueError` if there is none."
     if FilePath(name).suffix == '.parquet': return read_table(FilePath(name))
     benchmark = get_benchmark(name) if name in BENCHMARKS or is_spelling(name) else None
     if benchmark and benchmark.table: return read_table(benchmark.table, benchmark.name)
@@ -310,7 +310,7 @@ def list_tables() -> list[dict]: # of name, kind ('packaged', 'imported', 'impor
 def has_table(
     name:str, # of a benchmark
 ) -> bool:
-    "Would `get_table` find a table of the benchmark?"
+    "Return whether `get_table` finds a table of a benchmark."
     benchmark = get_benchmark(name)
     return bool(benchmark.table) or benchmark.name in {table['name'] for table in list_tables()}
 
@@ -323,19 +323,19 @@ def is_of_space(
     table:Table, # of any benchmark
     name:str,    # as in `get_benchmark`
 ) -> bool:
-    "Are the paths of a table those of a benchmark?"
+    "Return whether the paths of a table are those of a benchmark."
     benchmark = _benchmark_of(table)
     if table.space == name: return True
     return benchmark is not None and benchmark.name == get_benchmark(name).name
 
 # %% ../nbs/72_tables.ipynb #057b3772
 def reference(
-    table:Table,           # to ask
+    table:Table,           # to query
     dataset:str|None=None, # None: not given, and so are the others
     split:str|None=None,
     epochs:int|None=None,
 ) -> dict[str, Any]:       # all of `KEYS`
-    "Complete a question to a table; `ValueError` as in `Table.group`."
+    "Complete a query to a table; `ValueError` as in `Table.group`."
     keys = dict(dataset=dataset, split=split, epochs=epochs)
     groups = table.info['groups']
     benchmark = _benchmark_of(table)
@@ -349,7 +349,7 @@ def get_truth(
     table:str,       # as in `get_table`
     n:int|None=None, # number of paths, drawn at random; None: all
     **keys,          # as in `reference`
-) -> pd.DataFrame:   # index path, a column a seed
+) -> pd.DataFrame:   # index path, a column per seed
     "Return stand-alone accuracies, of the same paths for the same `n`; `ValueError` as in `group`."
     source = get_table(table)
     wide = source.per_seed(**reference(source, **keys))
@@ -359,7 +359,7 @@ def get_truth(
     return wide.sample(n, random_state=0).sort_index()
 
 # %% ../nbs/72_tables.ipynb #8249fcea
-def _latency_file(space:str) -> FilePath: # imported first if its source lies in `data_home`
+def _latency_file(space:str) -> FilePath: # imported first if its source is in `data_home`
     benchmark = get_benchmark(space)
     fname = tables_folder()/f'{benchmark.name}.latency.parquet'
     if fname.exists(): return fname

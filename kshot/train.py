@@ -13,7 +13,7 @@ from inspect import signature
 from typing import Literal, get_args
 import numpy as np
 import torch
-from .data import DataLoaders # before fastai: it keeps a warning of its import quiet
+from .data import DataLoaders # before fastai: it silences a warning of fastai's import
 from fastai.callback.core import Callback
 from fastai.callback.core import CancelBatchException, CancelStepException, CancelValidException
 from fastai.callback.schedule import ParamScheduler, SchedCos, combine_scheds
@@ -123,7 +123,7 @@ class KShotCallback(Callback):
         mode:Mode='joint',   # does the code module learn in every step, or in every second one?
         lr_codes:float=1e-3, # learning rate of the code module
         codes_opt:Callable[..., torch.optim.Optimizer]=torch.optim.Adam, # its optimizer's class
-        n_paths:int=16,      # paths a simplex step (paper: bs = 16)
+        n_paths:int=16,      # paths per simplex step (paper: bs = 16)
         warmup:float=.1,     # share of training with uniform codes
         regularize:Callable|None=None, # `regularize(codes, paths)`: added to the simplex loss
     ):
@@ -132,7 +132,7 @@ class KShotCallback(Callback):
         store_attr(but='codes_opt')
         self.learns = any(p.requires_grad for p in codes.parameters())
         self.codes_opt = codes_opt(codes.parameters(), lr=lr_codes) if self.learns else None
-        self.panel = sampler.space.sample(np.random.default_rng(0), 16) # paths of the validation
+        self.panel = sampler.space.sample(np.random.default_rng(0), 16) # paths for validation
         self.code_grads = [] # (path, gradient of its code) since the last simplex step
 
     @property
@@ -149,7 +149,7 @@ class KShotCallback(Callback):
 # %% ../nbs/50_train.ipynb #53d6208f
 @patch
 def before_fit(self:KShotCallback):
-    "Start clean, even after a fit that was interrupted in the middle of a step."
+    "Reset gradients, even after a fit that was interrupted in the middle of a step."
     if hasattr(self.learn, 'distributed_trainer'):
         raise ValueError('distrib_ctx sends the gradients of all K supernets, '
                          'expected a fit inside kshot.base.distributed.distributed()')
@@ -193,7 +193,7 @@ def _start_simplex_step(self:KShotCallback):
 
 @patch
 def _start_validation(self:KShotCallback):
-    if not len(self.xb[0]): # a small last batch has nothing for some ranks
+    if not len(self.xb[0]): # a small last batch leaves nothing for some ranks
         self.learn.yb = ()
         raise CancelBatchException
     n_paths = max(1, len(self.xb[0])//8) # batch norm needs several images of each path
@@ -213,7 +213,7 @@ def before_backward(self:KShotCallback):
 
 @patch
 def before_step(self:KShotCallback):
-    "Step the code module: in its own step, or once enough gradients of codes are there."
+    "Step the code module: in its own step, or once enough gradients of codes are collected."
     self._average()
     if self.is_simplex_step:
         self._step_codes()
@@ -240,12 +240,12 @@ def _step_codes(self:KShotCallback):
 # %% ../nbs/50_train.ipynb #74e15f64
 @patch
 def after_batch(self:KShotCallback):
-    "Let the banks learn again after a simplex step, even one that was cancelled."
+    "Unfreeze the banks after a simplex step, even one that was canceled."
     if self.is_simplex_step: self._train_banks(True)
 
 @patch
 def after_train(self:KShotCallback):
-    "Average over processes what batch norms have tracked."
+    "Average tracked batch-norm statistics over processes."
     average_stats(self.model)
 
 # %% ../nbs/50_train.ipynb #a3f42a5e
@@ -278,7 +278,7 @@ class LocalLoss(AvgSmoothLoss):
 
 # %% ../nbs/50_train.ipynb #e6a35741
 class FewShotCallback(Callback):
-    "Let the optimizer see each supernet by itself: those that a step does not read stand still."
+    "Let the optimizer see each supernet by itself, and skip those that a step does not read."
     order = 12 # after gradients are clipped
 
     def split(self,
