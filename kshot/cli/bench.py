@@ -40,7 +40,7 @@ def _finish(loss:Tensor, opt):
     opt.zero_grad()
 
 def plain_step(net:nn.Module, bf16:bool=False) -> Callable: # step(x, y, path)
-    "Return the step of the network itself: it trains the subnet alone, the other ops rest."
+    "Return the step of the plain network, which trains only the ops on the path."
     opt = sgd(by_decay(net), lr=.01)
     def step(x, y, path):
         with torch.autocast(x.device.type, torch.bfloat16, bf16):
@@ -49,7 +49,7 @@ def plain_step(net:nn.Module, bf16:bool=False) -> Callable: # step(x, y, path)
     return step
 
 def supernet_step(net:nn.Module, K:int, bf16:bool=False) -> Callable: # step(x, y, path)
-    "Return the step of K-shot supernets at the uniform code."
+    "Return the training step of K supernets at the uniform code."
     supernet = Supernet(net, K, bf16=bf16)
     opt = sgd(supernet.by_decay(), lr=.01)
     code = torch.full((K,), 1/K, device=fastest_device())
@@ -66,7 +66,7 @@ def _of_ndim(nets:list[list[nn.Parameter]], decayed:bool) -> list[nn.Parameter]:
     return [p for p in chain(*nets) if (p.ndim > 1) == decayed]
 
 def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
-    "Return the step of K networks whose parameters are added up, weighted by the code."
+    "Return the training step of K networks whose parameters are summed, weighted by the code."
     names = [name for name,_ in net.named_parameters()]
     nets = []
     for _ in range(K): nets.append([nn.Parameter(p.detach().clone()) for p in net.parameters()])
@@ -80,7 +80,7 @@ def naive_step(net:nn.Module, K:int) -> Callable: # step(x, y, path)
 
 # %% ../../nbs/cli/60_bench.ipynb #6f0e5334
 def simplex_step(net:nn.Module, K:int, n_paths:int=16) -> Callable: # step(x, y, paths)
-    "Return the step that makes gradients of codes by one batched mix."
+    "Return the step that computes gradients of codes with one batched mix."
     supernet = Supernet(net, K).requires_grad_(False)
     def step(x, y, paths):
         codes = torch.full((n_paths, K), 1/K, device=x.device).requires_grad_()
@@ -88,7 +88,7 @@ def simplex_step(net:nn.Module, K:int, n_paths:int=16) -> Callable: # step(x, y,
     return step
 
 def one_shot_loop(net:nn.Module, n_paths:int=16) -> Callable: # step(x, y, paths)
-    "Return the step that takes the plain network through each chunk."
+    "Return the step that passes the chunks through the plain network one by one."
     def step(x, y, paths):
         for images,labels,path in zip(x.chunk(n_paths), y.chunk(n_paths), paths):
             loss = F.cross_entropy(net(images, path), labels)/n_paths
@@ -106,8 +106,9 @@ class _Contest(NamedTuple):
 def _contest(bs:int, space:str, channels:int, px:int) -> _Contest:
     torch.manual_seed(0)
     device = fastest_device()
-    n_colors, usual, _ = get_benchmark(space).x_shape
-    x = torch.randn(bs, n_colors, px or usual, px or usual)
+    n_colors, usual_px, _ = get_benchmark(space).x_shape
+    px = px or usual_px
+    x = torch.randn(bs, n_colors, px, px)
     y = torch.randint(0, 10, (bs,))
     net = get_net(space, channels).to(device, memory_format=torch.channels_last)
     x = x.to(device).contiguous(memory_format=torch.channels_last)
@@ -151,9 +152,9 @@ def bench_step(
     contest = _contest(bs, space, channels, px)
     rng = np.random.default_rng(0)
     paths = contest.space.sample(rng, rounds+2)
-    many = [contest.space.sample(rng, 16) for _ in paths]
+    groups = [contest.space.sample(rng, 16) for _ in paths]
     steps = _supernet_times(contest, Ks, bf16, paths, rounds)
-    loops = _simplex_times(contest, many, rounds)
+    loops = _simplex_times(contest, groups, rounds)
     over = {f'K{K}_over_K1': ratio(steps, f'K{K}', 'K1') for K in Ks}
     over['K1_over_plain'] = ratio(steps, 'K1', 'plain')
     over['naive_over_K1'] = ratio(steps, 'naive', 'K1')
@@ -185,9 +186,9 @@ def _simplex_times(contest:_Contest, paths:list[list[Path]], rounds:int) -> dict
 def bench_score(
     space:str='macro', # whose network
     channels:int=8, # of its stem
-    n_cells:int=0,  # its cells; 0: the benchmark's
+    n_cells:int=0,  # number of cells; 0: the benchmark's
     px:int=16,      # of an image
-    n:int=100,      # paths a round
+    n:int=100,      # paths per round
     n_valid:int=500, # images that are scored
     rounds:int=3,   # of each contestant
 ) -> dict:          # ratios of times and paths per second
@@ -226,8 +227,8 @@ def _score_each(supernet:Supernet, paths:list[Path], batches:list, calibration:l
 def bench_data(
     folder:str='',    # with `train/CLASS/` and `val/CLASS/`; '': 600 random pictures of 500x375
     px:int=224,       # pixels a side
-    bs:int=64,        # images a batch
-    workers:tuple[int, ...]=(0,1,2,4,8), # processes that read; no more than there are cores
+    bs:int=64,        # images per batch
+    workers:tuple[int, ...]=(0,1,2,4,8), # reading processes; at most one per core
     augment:Literal['mild', 'strong']='mild', # of the images
     n_batches:int=8,  # that are timed
 ) -> dict:            # images per second by number of workers
@@ -275,14 +276,14 @@ def _result(measured:dict, save:FilePath) -> tuple[dict, str]: # with versions, 
 @command(of='bench', examples={
     '': 'NAS-Bench-Macro',
     '--space nb201 --bs 64 --bf16': 'another network, a smaller batch, in bfloat16',
-    '--save step.json': 'kept in a file, with versions and machine'})
+    '--save step.json': 'save to a file, with versions and machine'})
 def _step(
     space:str='macro',   # space whose network is measured
-    bs:int=256,          # images a batch, at least 16
+    bs:int=256,          # images per batch, at least 16
     channels:int=0,      # channels of the network's stem; 0: the benchmark's
     px:int=0,            # pixels a side; 0: the benchmark's
     bf16:bool=False,     # compute in bfloat16
-    rounds:int=20,       # steps of each contestant
+    rounds:int=20,       # timed steps of each contestant
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure a training step with K supernets beside the plain network."
@@ -295,10 +296,10 @@ def _step(
 # %% ../../nbs/cli/60_bench.ipynb #5289cf7c
 @command(of='bench', examples={
     '': 'NAS-Bench-Macro',
-    '--space nb201 --rounds 1': 'NAS-Bench-201, once'})
+    '--space nb201 --rounds 1': 'NAS-Bench-201, one round'})
 def _score(
     space:str='macro',   # space whose network is measured
-    rounds:int=3,        # rounds of each contestant, of 100 paths
+    rounds:int=3,        # timed rounds of each contestant, 100 paths each
     save:FilePath=FilePath(), # JSON file to write
 ):
     "Measure how many paths are scored per second."
@@ -322,7 +323,7 @@ def _data(
 
 @command(of='bench', examples={
     '': 'ten pairs of trainings',
-    '--rounds 3': 'sooner done, and noisier'})
+    '--rounds 3': 'faster, and noisier'})
 def _live(
     rounds:int=10,       # pairs of trainings, plain and watched
     save:FilePath=FilePath(), # JSON file to write
@@ -334,7 +335,7 @@ def _live(
 # %% ../../nbs/cli/60_bench.ipynb #6216883f
 @command(of='bench', examples={
     '': 'NAS-Bench-Macro, K = 8',
-    '--K 4 --save comm.json': 'K = 4, kept in a file'})
+    '--K 4 --save comm.json': 'K = 4, saved to a file'})
 def _comm(
     space:str='macro',   # space whose network is measured
     K:int=8,             # number of supernets

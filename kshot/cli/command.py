@@ -26,7 +26,7 @@ class Option(NamedTuple):
     "One argument of a command."
     name:str          # of the parameter or field
     default:object    # `Parameter.empty` if it is required
-    annotation:object # its type, a `Literal`, or one of the two or None
+    annotation:object # its type or a `Literal`, possibly `|None`
     comment:str       # its docment
 
 def _comments(owner) -> dict: # of a function or a dataclass
@@ -37,7 +37,7 @@ def _comments(owner) -> dict: # of a function or a dataclass
 def function_options(
     f:Callable, # that a command calls
 ) -> list[Option]:
-    "Return the options that a function's own parameters make."
+    "Return an option for each of a function's own parameters."
     comments = _comments(f)
     params = [p for p in signature(f).parameters.values() if p.kind != Parameter.VAR_KEYWORD]
     return [Option(p.name, p.default, p.annotation, comments.get(p.name) or '')
@@ -46,7 +46,7 @@ def function_options(
 def record_options(
     record:type, # dataclass
 ) -> list[Option]:
-    "Return the options that the fields of a dataclass make, without those it inherits."
+    "Return an option for each field that a dataclass does not inherit."
     comments = _comments(record)
     bases = [base for base in record.__mro__[1:] if is_dataclass(base)]
     inherited = {field.name for field in chain(*map(fields, bases))}
@@ -58,16 +58,16 @@ _PLACEHOLDERS = {int: 'N', float: 'X', str: 'TEXT', FilePath: 'PATH'}
 _NUMBERS = {int: 'a whole number', float: 'a number'}
 
 def either(
-    choices:tuple, # what can be chosen; '' stands for none of them
+    choices:tuple, # what you can choose from; '' is not listed
 ) -> str:          # 'a, b or c'
-    "Return choices as a person would list them."
+    "Return choices as you would list them in a sentence."
     *others, last = filter(None, map(str, choices))
     return f'{", ".join(others)} or {last}' if others else last
 
 def kind_of(
     annotation, # of a parameter or field
 ) -> tuple[type, tuple]: # type of the value, choices if they are a closed set
-    "Return what an option takes; the type of `int|None` is `int`."
+    "Return the type and the choices of an option; the type of `int|None` is `int`."
     is_union = get_args(annotation) and get_origin(annotation) is not Literal
     if is_union: annotation = get_args(annotation)[0]
     choices = get_args(annotation)
@@ -75,10 +75,10 @@ def kind_of(
 
 def read_value(
     kind:type,     # of the value
-    choices:tuple, # that it must be one of; empty: any value
+    choices:tuple, # allowed values; empty: any
     text:str,      # from the command line
 ):
-    "Return the value that a text stands for; raise `ArgumentTypeError` if it stands for none."
+    "Parse a value; raise `ArgumentTypeError` if it is malformed or not a choice."
     try: value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text!r}, expected {_NUMBERS[kind]}') from None
@@ -92,13 +92,13 @@ def _help(option:Option, kind:type) -> str: # comment and default
     comment = option.comment
     default = option.default
     if default is None:
-        if 'None:' in comment: return comment.replace('None:', 'by default') # nobody types None
+        if 'None:' in comment: return comment.replace('None:', 'by default') # you cannot type None
         default = "the benchmark's"
     if default is Parameter.empty or str(default) in ('', '.'): return comment
     if kind is bool: default = 'yes' if default else 'no'
     return f'{comment} (default: {default})'
 
-_LONG = 50 # characters; a longer list of choices stands in the help, not beside the option
+_LONG = 50 # characters; a longer list of choices goes into the help text
 
 def add_option(
     parser,        # or a group of one
@@ -136,7 +136,7 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f'unknown {"option" if options else "argument"} {wrong!r}: {hint}')
 
 # %% ../../nbs/cli/10_command.ipynb #c2a6e6bf
-EXIT_CODES = ('exit code: 0 done; 1 failed; 2 wrong value or file, named in one line; '
+EXIT_CODES = ('exit codes: 0 success; 1 failure; 2 wrong value or file, named in one line; '
               '130 interrupted')
 
 def _epilog(name:str, examples:dict[str, str]) -> str:
@@ -155,7 +155,7 @@ def _lineage(record:type|None) -> list[type]: # a dataclass and those it inherit
 
 def make_parser(
     name:str,          # of the command
-    f:Callable,        # that it calls
+    f:Callable,        # function that it calls
     n_places:int=0,    # how many of its first arguments are given by position
     options:type|None=None, # dataclass of more options
     examples:dict[str, str]={}, # arguments -> what they do
@@ -167,7 +167,7 @@ def make_parser(
                      allow_abbrev=False, formatter_class=formatter)
     for i,option in enumerate(function_options(f)): add_option(parser, option, i < n_places)
     parser.add_argument('--json', action='store_true',
-                        help='print the result as one JSON object on the last line')
+                        help='print the result as a JSON object on the last line')
     for record in [*_records(f).values(), *_lineage(options)]:
         group = parser.add_argument_group(_title(record))
         for option in record_options(record): add_option(group, option)
@@ -179,8 +179,8 @@ def _title(record:type) -> str: # the beginning of its docstring
     return (record.__doc__ or '').partition(';')[0].partition(':')[0].rstrip('.').lower()
 
 # %% ../../nbs/cli/10_command.ipynb #9539f7dd
-_MEMORY = ('the GPU has too little memory: a smaller --bs (or more processes), --px, --channels '
-           'or --K needs less; finished work is kept')
+_MEMORY = ('the GPU has too little memory: reduce --bs (or use more processes), --px, --channels '
+           'or --K; finished work is kept')
 
 def _one_line(error:BaseException|str) -> str: return ' '.join(str(error).split())
 
@@ -190,7 +190,7 @@ def _unexpected(error:Exception) -> str:
     return (f'{summary} ({FilePath(fname).name}:{line}): a damaged file, or a bug in kshot; '
             'set KSHOT_DEBUG=1 for the full traceback')
 
-def _rank() -> str: # which of many processes speaks
+def _rank() -> str: # which process this is, if there are several
     many = int(os.environ.get('WORLD_SIZE', 1)) > 1
     return f' (rank {os.environ.get("RANK")})' if many else ''
 
@@ -235,7 +235,7 @@ def _processes(name:str, alone:bool) -> Iterator[bool]: # is this the process th
 
 # %% ../../nbs/cli/10_command.ipynb #c38d6789
 def _print_result(name:str, text:str, out):
-    "Print the result: a reader that has gone away is no error, a full disk is."
+    "Print the result; a closed pipe is ignored, a full disk is an error."
     try: print(text, file=out, flush=True)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno()) # or Python would try again at exit
@@ -243,7 +243,7 @@ def _print_result(name:str, text:str, out):
         _end(2, f'{name}: the result cannot be printed: {e.strerror}')
 
 def _gathered(f:Callable, args:dict) -> dict:
-    "Return the arguments of a function, with the fields of each record gathered into it."
+    "Return the arguments of a function, with the options of each record gathered into one value."
     args = dict(args)
     for name,record in _records(f).items():
         args[name] = record(**{field.name: args.pop(field.name) for field in fields(record)})
@@ -251,19 +251,19 @@ def _gathered(f:Callable, args:dict) -> dict:
 
 # %% ../../nbs/cli/10_command.ipynb #e101364f
 def command(
-    f:Callable|None=None, # returns a result for JSON, a text, and an exit code unless 0; None: decorate
+    f:Callable|None=None, # returns a JSON-able result, a text and, unless 0, an exit code
     n_places:int=0,       # how many of its first arguments are given by position
-    options:type|None=None, # dataclass whose fields are its `**kwargs`
+    options:type|None=None, # dataclass whose fields are passed as `**kwargs`
     examples:dict[str, str]={}, # arguments -> what they do; they end the help
     alone:bool=False,     # refuse to run in several processes?
     of:str='',            # the command that this is a subcommand of
 ) -> Callable:            # `f(argv=None)`, for `console_scripts`
-    "Make a console command of a function; it ends the process unless all is well."
+    "Turn a function into a console command, which exits the process if anything fails."
     if f is None:
         return partial(command, n_places=n_places, options=options, examples=examples,
                        alone=alone, of=of)
-    own = f.__name__.strip('_')
-    name = f'kshot_{of} {own}' if of else f'kshot_{own}'
+    short = f.__name__.strip('_')
+    name = f'kshot_{of} {short}' if of else f'kshot_{short}'
     parser = partial(make_parser, name, f, n_places, options, examples)
     @wraps(f)
     def main(argv:list[str]|None=None):
@@ -272,22 +272,22 @@ def command(
         with plain_end(name):
             args = parser().parse(argv)
             as_json = args.pop('json')
-            with redirect_stdout(sys.stderr), _safe_path(), _processes(own, alone) as is_printing:
+            with redirect_stdout(sys.stderr), _safe_path(), _processes(short, alone) as is_printing:
                 result, text, *code = f(**_gathered(f, args))
             if is_printing: _print_result(name, json.dumps(result) if as_json else text, out)
         if code and code[0]: sys.exit(code[0])
     main.parser = parser
     main.examples = examples
-    main.name = own
+    main.name = short
     main.of = of
     return main
 
 # %% ../../nbs/cli/10_command.ipynb #a00e01a0
 def commands(
-    doc:str,             # what the subcommands have in common, one sentence
+    doc:str,             # one sentence about all of them
     parts:list[Callable], # made by `command`, all `of` one name; the first one is the default
 ) -> Callable:           # `f(argv=None)`, for `console_scripts`
-    "Make one command of several subcommands."
+    "Combine subcommands into one command."
     of = parts[0].of
     known = {part.name: part for part in parts}
     def main(argv:list[str]|None=None):
@@ -309,12 +309,12 @@ def _overview(name:str, doc:str, parts:list[Callable]) -> str:
     usage = f'usage: {name} [{"|".join(part.name for part in parts)}] [options]'
     lines = [f'  {part.name:10} {part.__doc__}' for part in parts]
     rows = [fill(line, 79, subsequent_indent=' '*13) for line in lines]
-    end = f'{parts[0].name} is the default; {name} SUBCOMMAND --help lists the options of one'
+    end = f'{parts[0].name} is the default; {name} SUBCOMMAND --help lists its options'
     return '\n'.join([usage, '', fill(doc, 79), '', 'subcommands:', *rows, '', fill(end, 79)])
 
 # %% ../../nbs/cli/10_command.ipynb #791a9894
 def later(
-    module:str, # of the package
+    module:str, # in the package
     name:str,   # of a command in it
 ) -> Callable:  # `f(argv=None)`, for `console_scripts`
     "Return a command whose module is imported when it is called."

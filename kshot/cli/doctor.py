@@ -25,7 +25,7 @@ class Finding(NamedTuple):
     "One thing that was examined."
     group:str   # key of `GROUPS`
     name:str    # what was examined
-    state:State # how it is
+    state:State # how well it works
     found:str   # what is there: a version, a size, a file
     lost:str='' # what will not work, or is slow
     do:str=''   # about it
@@ -33,7 +33,7 @@ class Finding(NamedTuple):
 GROUPS = dict(needs='What kshot needs', devices='Devices', data='Data', folders='Folders',
               lab='Notebooks', tools='Tools')
 
-def _line(error:BaseException|str) -> str: # the beginning of what an error says
+def _line(error:BaseException|str) -> str: # the start of an error message
     text = error if isinstance(error, str) else f'{type(error).__name__}: {error}'
     return ' '.join(text.split())[:160]
 
@@ -42,7 +42,7 @@ def _gb(n:float) -> str: return f'{n/1e9:.0f} GB' if n > 2e9 else f'{n/1e6:.0f} 
 def _s(n:int) -> str: return '' if n == 1 else 's' # of the plural
 
 # %% ../../nbs/cli/40_doctor.ipynb #d619f5b7
-MODULES = { # where the name differs, or importing it alone says little
+MODULES = { # what to import, unless it is the package's own name
     'pillow': 'PIL', 'scikit-learn': 'sklearn', 'torchvision': 'torchvision.ops',
     'fastai': 'fastai.learner', 'optuna': 'optuna.samplers', 'plotly': 'plotly.graph_objects'}
 
@@ -63,8 +63,8 @@ def needed(package:str='kshot') -> dict[str, str]: # name -> lowest version, '' 
 def check_package(
     name:str,     # as pip calls it
     floor:str='', # lowest version; '': any
-    lost:str='kshot will not work', # without it
-    state:State='bad', # of a package that is missing
+    lost:str='kshot will not work', # what is lost without it
+    state:State='bad', # if it is missing or broken
     group:str='needs', # key of `GROUPS`
     imports:bool=True, # try to import it?
 ) -> Finding:
@@ -88,7 +88,7 @@ def check_package(
 _ROOMS = {'cli.launch': 'its commands', 'lab.live': 'the widgets', 'studies.study': 'kshot_study',
           'cli.bench': 'kshot_bench'}
 
-LAB_PACKAGES = 'jupyterlab', 'ipykernel' # examined with the notebooks
+LAB_PACKAGES = 'jupyterlab', 'ipykernel' # examined under Notebooks
 
 def look_needs() -> Iterator[Finding]:
     "Examine Python, every package that kshot needs, and kshot's own modules."
@@ -96,7 +96,7 @@ def look_needs() -> Iterator[Finding]:
     yield Finding('needs', 'python', 'ok', f'{platform.python_version()}, {system}')
     try: floors = needed()
     except PackageNotFoundError:
-        do = 'pip install . where setup.py is'
+        do = 'pip install . in the folder of setup.py'
         yield Finding('needs', 'kshot', 'bad', 'not installed', 'its commands', do)
         return
     yield Finding('needs', 'kshot', 'ok', version('kshot'))
@@ -127,28 +127,28 @@ def _cpu(torch) -> Finding:
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES') if has_sysconf else 0
     n = os.environ.get('OMP_NUM_THREADS')
     setting = f'OMP_NUM_THREADS={n}' if n else 'OMP_NUM_THREADS is not set'
-    threads = f'threads of torch {torch.get_num_threads()} ({setting})'
-    return Finding('devices', 'cpu', 'ok', f'cores {n_cores()}, {threads}, {_gb(memory)}')
+    threads = f'{torch.get_num_threads()} torch threads ({setting})'
+    return Finding('devices', 'cpu', 'ok', f'{n_cores()} cores, {threads}, {_gb(memory)}')
 
 def _cuda(torch) -> Finding:
     n = torch.cuda.device_count()
     if n and torch.cuda.is_available():
         return Finding('devices', 'cuda', 'ok', f'{n} GPU{_s(n)}, CUDA {torch.version.cuda}')
-    lost = 'large runs: a CPU is quick enough for the small benchmarks only'
+    lost = 'large runs: a CPU is only fast enough for the small benchmarks'
     less = partial(Finding, 'devices', 'cuda', 'less', lost=lost)
     has_driver = shutil.which('nvidia-smi') or FilePath('/proc/driver/nvidia/version').exists()
     if not has_driver: return less('no NVIDIA GPU')
     if not torch.version.cuda:
-        return less('torch was built without CUDA', do='pip install torch as pytorch.org says')
-    return less(f'a driver, but torch with CUDA {torch.version.cuda} finds no GPU',
-                do='update the driver, or look at CUDA_VISIBLE_DEVICES')
+        return less('torch was built without CUDA', do='install a CUDA build, see pytorch.org')
+    return less(f'a driver, but torch (CUDA {torch.version.cuda}) finds no GPU',
+                do='update the driver, or check CUDA_VISIBLE_DEVICES')
 
 # %% ../../nbs/cli/40_doctor.ipynb #42a4a2bd
 def _gpu(i:int, properties) -> Finding:
     has_bf16 = properties.major >= 8
     bf16 = 'with bfloat16' if has_bf16 else 'without bfloat16'
     found = f'{properties.name}, {_gb(properties.total_memory)}, {bf16}'
-    advice = [] if has_bf16 else ['speed of large runs', 'say --no-bf16']
+    advice = [] if has_bf16 else ['speed of large runs', 'use --no-bf16']
     return Finding('devices', f'cuda:{i}', 'ok', found, *advice)
 
 def _distributed(torch) -> Finding:
@@ -158,28 +158,28 @@ def _distributed(torch) -> Finding:
     wanted = {'gloo'} | ({'nccl'} if torch.cuda.device_count() > 1 else set())
     missing = sorted(wanted - set(backends))
     if not missing: return Finding('devices', 'distributed', 'ok', ', '.join(backends))
-    lost = f'training in many processes lacks {", ".join(missing)}'
+    lost = f'training in several processes lacks {", ".join(missing)}'
     return Finding('devices', 'distributed', 'less', ', '.join(backends) or 'none', lost)
 
-def _shared_memory() -> Iterator[Finding]: # nothing if it is large enough for reading processes
+def _shared_memory() -> Iterator[Finding]: # nothing if it is large enough for data loading
     folder = FilePath('/dev/shm')
     if not folder.is_dir(): return
     size = shutil.disk_usage(folder).total
     if size >= 1e9: return
-    lost = 'processes that read images may be killed (bus error)'
+    lost = 'processes that load images may be killed (bus error)'
     do = 'docker run --shm-size=8g, or --n_workers 0'
     yield Finding('devices', 'shared memory', 'less', _gb(size), lost, do)
 
 # %% ../../nbs/cli/40_doctor.ipynb #ee93d1cc
 def look_data() -> Iterator[Finding]:
-    "Examine the benchmark tables and images that kshot finds by itself."
+    "Examine the benchmark tables and images that kshot can find."
     from kshot.base.files import data_home
     folder = data_home()
     if folder.is_dir(): yield Finding('data', 'KSHOT_DATA', 'ok', str(folder))
     else:
         lost = 'spaces other than digits find no data'
         do = 'set KSHOT_DATA to the folder that holds the benchmarks and images'
-        yield Finding('data', 'KSHOT_DATA', 'less', f'{folder} is no folder', lost, do)
+        yield Finding('data', 'KSHOT_DATA', 'less', f'{folder} is not a folder', lost, do)
     yield from _tables()
     yield from _images(folder)
 
@@ -221,17 +221,17 @@ def _images(folder:FilePath) -> Iterator[Finding]:
 def check_folder(
     name:str,    # what to call it
     folder:FilePath, # which may not exist yet
-    do:str,      # about one that cannot be written
-    state:State='bad', # of one that cannot be written
+    do:str,      # advice if it is not writable
+    state:State='bad', # if it is not writable
     room:float=1e9, # bytes that should be free
 ) -> Finding:
-    "Check that a folder, or the first above it that exists, can be written; leave nothing there."
+    "Check that a folder, or its nearest existing parent, is writable; leave nothing there."
     folder = folder.absolute()
     folders = [folder, *folder.parents]
-    above = next(f for f in folders if os.path.exists(f)) # `FilePath.exists` may raise instead
+    existing = next(f for f in folders if os.path.exists(f)) # `FilePath.exists` may raise instead
     try:
-        with tempfile.TemporaryFile(dir=above): pass
-        free = shutil.disk_usage(above).free
+        with tempfile.TemporaryFile(dir=existing): pass
+        free = shutil.disk_usage(existing).free
     except OSError as e:
         found = f'{folder} cannot be written: {e.strerror}'
         return Finding('folders', name, state, found, 'what kshot keeps there', do)
@@ -242,14 +242,14 @@ def check_folder(
 def look_folders(runs:FilePath) -> Iterator[Finding]:
     "Examine the folders that kshot writes to."
     from kshot.base.files import kshot_home
-    yield check_folder('runs', runs, 'name another one: --runs')
+    yield check_folder('runs', runs, 'choose another with --runs')
     yield check_folder('KSHOT_HOME', kshot_home(), 'set KSHOT_HOME to a folder of yours', 'less')
 
 # %% ../../nbs/cli/40_doctor.ipynb #3841b26e
 EXTENSIONS = {'ipywidgets': '@jupyter-widgets/jupyterlab-manager', 'anywidget': 'anywidget'}
 
 def look_lab() -> Iterator[Finding]:
-    "Examine JupyterLab, its kernel and what draws the widgets."
+    "Examine JupyterLab, its kernel and the extensions for widgets."
     floors = needed()
     for name in LAB_PACKAGES:
         floor = floors.get(name, '')
@@ -259,8 +259,8 @@ def look_lab() -> Iterator[Finding]:
         if _has_extension(extension): yield Finding('lab', label, 'ok', extension)
         else:
             do = f'pip install -U --force-reinstall {name}'
-            lost = 'widgets; figures are drawn'
-            yield Finding('lab', label, 'less', 'no extension of JupyterLab', lost, do)
+            lost = 'widgets; figures still work'
+            yield Finding('lab', label, 'less', 'no JupyterLab extension', lost, do)
 
 def _has_extension(name:str) -> bool:
     prefixes = [FilePath(prefix) for prefix in (sys.prefix, sys.base_prefix)]
@@ -268,13 +268,13 @@ def _has_extension(name:str) -> bool:
     return any(fname.exists() for fname in files)
 
 def _tool(name:str, lost:str, do:str) -> Finding:
-    where = shutil.which(name)
-    if where: return Finding('tools', name, 'ok', where)
+    fname = shutil.which(name)
+    if fname: return Finding('tools', name, 'ok', fname)
     return Finding('tools', name, 'less', 'not found', lost, do)
 
 def look_tools() -> Iterator[Finding]:
-    "Examine what kshot can do without."
-    yield _tool('git', 'runs do not note their commit', 'install git')
+    "Examine the optional tools."
+    yield _tool('git', 'the commit in the record of a run', 'install git')
     yield _tool('quarto', 'make docs', 'see quarto.org/docs/get-started')
     for name in ('onnx', 'onnxscript'):
         yield check_package(name, '', 'kshot_export --onnx', 'less', 'tools', imports=False)
@@ -296,7 +296,7 @@ def looks(
 def examine(
     runs:FilePath, # folder of runs
 ) -> Iterator[Finding]:
-    "Yield all findings; an examination that fails is one too."
+    "Yield all findings; an examination that fails becomes one too."
     for group,look in looks(runs).items():
         try: yield from look()
         except Exception as e:
@@ -314,9 +314,9 @@ for finding in examine(runs): print("finding", json.dumps(finding), flush=True)
 
 def examine_apart(
     runs:FilePath,     # folder of runs
-    seconds:float=120, # to wait at most
+    seconds:float=120, # longest wait
 ) -> list[Finding]:
-    "Return all findings of another process, and how it ended unless it ended well."
+    "Examine in another process; return the findings, and one more if it hangs or dies."
     argv = [sys.executable, '-c', _EXAMINE, str(runs)]
     with tempfile.TemporaryFile('w+') as out: # unlike a pipe, it keeps what a process printed before it hung
         try: done = subprocess.run(argv, stdout=out, stderr=subprocess.DEVNULL, timeout=seconds)
@@ -332,7 +332,7 @@ def _bad_end(findings:list[Finding], code:int|None, seconds:float) -> Finding:
     else: end = f'killed by signal {-code}' if code < 0 else f'ended with code {code}'
     after = f'after {findings[-1].name}' if findings else 'at once'
     group = findings[-1].group if findings else 'needs'
-    lost = 'what is not listed is unknown'
+    lost = 'anything not listed is unknown'
     do = 'the package or driver that comes next is broken: reinstall it'
     return Finding(group, 'next examination', 'bad', f'{end}, {after}', lost, do)
 
@@ -352,23 +352,23 @@ def tell(
     "Return findings as text, with what to do about them."
     lines = []
     for group,title in GROUPS.items():
-        own = [finding for finding in findings if finding.group == group]
-        if own: lines.append(title)
-        for finding in own: lines += _lines(finding)
+        in_group = [finding for finding in findings if finding.group == group]
+        if in_group: lines.append(title)
+        for finding in in_group: lines += _lines(finding)
     bad = [finding.name for finding in findings if finding.state == 'bad']
     n_less = sum(finding.state == 'less' for finding in findings)
     end = f'kshot will not work: {", ".join(bad)}.' if bad else 'kshot works.'
-    if n_less: end += f' {n_less} thing{_s(n_less)} less than everything, marked --.'
+    if n_less: end += f' {n_less} limitation{_s(n_less)}, marked --.'
     return '\n'.join([*lines, fill(end, 80)])
 
 @command(alone=True, examples={
-    '': 'what is here',
+    '': 'check this machine',
     '--json': 'the same for a program, or for a bug report',
     '--runs /scratch/runs': 'can runs be written there?'})
 def doctor(
     runs:FilePath=FilePath('runs'), # folder of runs
 ):
-    "Examine versions, devices, data and folders; say what works and what to do about the rest."
+    "Check versions, devices, data and folders; report what works and how to fix the rest."
     findings = examine_apart(runs)
     works = not any(finding.state == 'bad' for finding in findings)
     result = dict(works=works, findings=[finding._asdict() for finding in findings])

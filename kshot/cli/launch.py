@@ -32,9 +32,9 @@ from ..tables import get_table, get_truth, reference
 # %% ../../nbs/cli/30_launch.ipynb #ecdead90
 def run_folder(
     runs:FilePath, # folder of runs
-    name:str,      # of a run; it may be a folder in a folder
+    name:str,      # of a run, such as 'run' or 'nb201/seed_0'
 ) -> FilePath:
-    "Return the folder of a run; raise `ValueError` for a name that leads elsewhere."
+    "Return the folder of a run; raise `ValueError` if it would lie outside `runs`."
     try: name.encode()
     except UnicodeEncodeError as e: raise ValueError(f'name {name!r}, expected UTF-8') from e
     if {'', '.', '..'} & {*name.split('/')}:
@@ -43,7 +43,7 @@ def run_folder(
 
 # %% ../../nbs/cli/30_launch.ipynb #38921426
 def set_threads(
-    config:Mapping, # of a run: its `space` and `px` count
+    config:Mapping, # of a run; only `space` and `px` matter
 ):
     "Use one thread for images so small that several are slower, unless `OMP_NUM_THREADS` is set."
     px = config.get('px') or get_benchmark(config.get('space', 'digits')).x_shape[-1]
@@ -57,7 +57,7 @@ def check_same(
     config:Mapping,  # that the run has
     wanted:Mapping,  # that the command line gives
 ):
-    "Raise `ValueError` for a setting that is neither left out nor what the run has."
+    "Raise `ValueError` if a setting is given and differs from the run's own."
     for name,value in wanted.items():
         has = config.get(name)
         if value not in (has, _USUAL[name]):
@@ -66,7 +66,7 @@ def check_same(
 
 # %% ../../nbs/cli/30_launch.ipynb #ccc716f4
 def _report(folder:FilePath, title:str='', runs:dict|None=None, truth:dict|None=None):
-    "Write a run's report from the first process, or say why there is none."
+    "Write a run's report from the first process, or print why it failed."
     if not is_first(): return
     fname = folder/'report.html'
     title = title or f'kshot: {folder.name}'
@@ -84,15 +84,15 @@ def _how_to_resume(name:str, runs:FilePath) -> str:
 @command(options=Config, examples={
     '': 'four supernets of the digits space, in runs/run',
     '--name one_shot --K 1 --epochs 10': 'one-shot, a third of the training',
-    '--name nb201 --space nb201 --K 8 --bf16': 'NAS-Bench-201 on CIFAR-10, half to validate',
-    '--name nb201 --resume': 'go on where it was interrupted'})
+    '--name nb201 --space nb201 --K 8 --bf16': 'NAS-Bench-201, half of CIFAR-10 for validation',
+    '--name nb201 --resume': 'resume it after an interruption'})
 def train(
     name:str='run',      # name of the run; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
-    resume:bool=False,   # go on with an interrupted run (whose settings hold)
+    resume:bool=False,   # resume an interrupted run, with its own settings
     **config,
 ):
-    "Train K-shot supernets; --resume goes on after the last whole epoch."
+    "Train K-shot supernets; --resume continues after the last complete epoch."
     folder = run_folder(runs, name)
     if resume: check_same(folder, read_run(folder)['config'], config)
     set_threads(read_run(folder)['config'] if resume else config)
@@ -114,26 +114,26 @@ class Truth:
     table_data:str|None=None # data set of the table
     table_split:Literal['valid', 'test']|None=None # split of the table
     table_epochs:int|None=None # epochs of stand-alone training
-    n_paths:int=0 # paths that are drawn from the table and scored; 0: all
+    n_paths:int=0 # paths to draw from the table and score; 0: all
 
     def of_space(self,
         space:str, # name of a space
     ) -> dict:     # arguments of `get_truth`
-        "Return the question in full; raise `ValueError` if the table has no answer."
+        "Fill in a space's defaults; raise `ValueError` if the table has no such accuracies."
         table = self.table or space
         keys = reference(get_table(table), self.table_data, self.table_split, self.table_epochs)
         return dict(table=table, n=self.n_paths or None, **keys)
 
 # %% ../../nbs/cli/30_launch.ipynb #0ee48998
 @command(options=Config, examples={
-    '--name first': 'a run that is trained already; or K = 4 on digits, trained first',
+    '--name first': 'rank a trained run, or train K = 4 on digits first',
     '--name three --K 1 --seeds 3': 'one-shot, mean and spread over three seeds',
     '--name macro --space macro --n_paths 500': '500 paths of NAS-Bench-Macro, on CIFAR-10',
     '--name few --codes vertex --K 5': 'few-shot: the op of the first block selects the supernet'})
 def rank(
-    name:str='run',      # name of the experiment, or of a trained run (whose settings hold)
+    name:str='run',      # name of the experiment, or of a trained run, whose settings are used
     runs:FilePath=FilePath('runs'), # folder of runs
-    seeds:int=1,         # number of trainings, with seeds from --seed on
+    seeds:int=1,         # number of trainings; the first has seed --seed, the next --seed + 1
     n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     bf16_scores:bool=False, # score in bfloat16
     truth:Truth=Truth(), # what the scores are ranked against
@@ -172,8 +172,8 @@ def _rank_text(frame:pd.DataFrame) -> str:
 def search(
     name:str='run',      # name of a trained run
     runs:FilePath=FilePath('runs'), # folder of runs
-    n_paths:int=200,     # paths to score, those of earlier calls included
-    algorithm:Algorithm='nsga2', # how the next path is found
+    n_paths:int=200,     # paths to score in total, with those of earlier calls
+    algorithm:Algorithm='nsga2', # how to choose the next path
     seed:int=0,          # seed of the search
     n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     storage:str='',      # URL of a database that workers share; '': a journal in the run's folder
@@ -194,8 +194,8 @@ def search(
 
 # %% ../../nbs/cli/30_launch.ipynb #7f941d3d
 @command(examples={
-    '--name first': 'what the search found',
-    '--name first --path 2342 --epochs 10 --seed 1': 'a path of your own',
+    '--name first': 'the path that the search found',
+    '--name first --path 2342 --epochs 10 --seed 1': 'a path of your choice',
     '--name net --recipe strong': "ImageNet's long recipe"})
 def retrain(
     name:str='run',      # name of a run
@@ -203,7 +203,7 @@ def retrain(
     path:str='',         # path to train, such as 0123; '': the one that the search found
     recipe:RecipeName='quick', # how to train; mild and strong are for ImageNet
     epochs:int=0,        # epochs of training; 0: the recipe's
-    bs:int=0,            # images a batch, over all processes; 0: the recipe's
+    bs:int=0,            # images per batch, over all processes; 0: the recipe's
     seed:int=0,          # seed of weights, order and augmentation
 ):
     "Train one path alone, save it as RUNS/NAME/subnet.safetensors; repeat the command to resume."
@@ -214,8 +214,8 @@ def retrain(
     return result, f'{text}, {result["acc_valid"]:.3f} on the validation split'
 
 @command(alone=True, examples={
-    '--name first': 'for torch.export',
-    '--name first --onnx': 'and ONNX'})
+    '--name first': 'a torch.export file',
+    '--name first --onnx': 'an ONNX file too'})
 def export(
     name:str='run',      # name of a run whose subnet was retrained
     runs:FilePath=FilePath('runs'), # folder of runs
@@ -228,13 +228,13 @@ def export(
 # %% ../../nbs/cli/30_launch.ipynb #f9cd1d6e
 @command(alone=True, examples={
     '': 'minutes on two cores, then runs/demo/report.html',
-    '--quick --name quick': 'does it work at all?',
-    '--name eight --K 8 --seed 1': 'eight supernets, other random numbers'})
+    '--quick --name quick': 'a quick check that everything works',
+    '--name eight --K 8 --seed 1': 'eight supernets and another seed'})
 def demo(
     name:str='demo',     # name of the demo; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
     K:int=4,             # number of supernets of the K-shot run
-    quick:bool=False,    # a tenth of the training, a fifth of the paths: to see that everything works
+    quick:bool=False,    # a tenth of the training and a fifth of the paths, as a check
     seed:int=0,          # seed of everything random
 ):
     "Train K-shot and one-shot supernets on digits, rank, search, retrain; repeat to resume."
@@ -249,7 +249,7 @@ def demo(
     return record, _demo_text(record['results'], folder)
 
 def _demo_record(folder:FilePath, config:dict) -> dict:
-    "Return the record of a demo, a new one if need be; raise `ValueError` for another demo's."
+    "Return the record of a demo, new or existing; raise `ValueError` if its settings differ."
     if not (folder/'run.json').exists():
         check_free(folder)
         write_run(folder, dict(config=config, **environment(), results={}, seconds={}))
@@ -260,7 +260,7 @@ def _demo_record(folder:FilePath, config:dict) -> dict:
 
 # %% ../../nbs/cli/30_launch.ipynb #671071f6
 def _run_demo(folder:FilePath, K:int, quick:bool, seed:int) -> dict:
-    "Return what ranking and search found, after all that is still to do."
+    "Do what is left to do; return the results of ranking and search."
     epochs = 3 if quick else 30
     configs = dict(kshot=Config(K=K, epochs=epochs, seed=seed),
                    one_shot=Config(K=1, epochs=epochs, seed=seed))
@@ -283,28 +283,29 @@ def _run_demo(folder:FilePath, K:int, quick:bool, seed:int) -> dict:
 def _true_rank(accs:pd.Series, acc:float) -> int: return 1 + int((accs > acc).sum()) # 1 = best
 
 def _compare_found(folder:FilePath) -> dict:
-    "Return what search and retraining found, with its true rank."
+    "Return the results of search and retraining, with the true rank of the path."
     results = read_run(folder)['results']
-    found = results['search']
-    most = found['budgets']['macs']
+    best = results['search']
+    budget = best['budgets']['macs']
     table = get_table('digits')
     truth = table.mean(split='test')
     macs = table.select(split='test', seed=0).set_index('path').macs
-    within = truth[macs[truth.index] <= most]
-    acc = truth[found['path']]
-    about = {name: found[name] for name in ('path', 'macs', 'n_params', 'acc_super')}
-    about |= dict(budget_macs=most, acc_alone=results['retrain']['acc_alone'], acc_table=float(acc))
+    within = truth[macs[truth.index] <= budget]
+    acc = truth[best['path']]
+    about = {name: best[name] for name in ('path', 'macs', 'n_params', 'acc_super')}
+    about |= dict(budget_macs=budget, acc_alone=results['retrain']['acc_alone'])
+    about |= dict(acc_table=float(acc))
     about |= dict(rank=_true_rank(truth, acc), of=len(truth))
     return about | dict(rank_in_budget=_true_rank(within, acc), of_in_budget=len(within),
                         best_in_budget=float(within.max()))
 
 # %% ../../nbs/cli/30_launch.ipynb #50114ef5
 def _demo_text(results:dict, folder:FilePath) -> str:
-    found = results['search']
-    path = f'{found["path"]}: {found["macs"]:,} MACs, alone {found["acc_alone"]:.3f} (test)'
-    within = f'true rank {found["rank_in_budget"]} of {found["of_in_budget"]} within the budget'
+    best = results['search']
+    path = f'{best["path"]}: {best["macs"]:,} MACs, alone {best["acc_alone"]:.3f} (test)'
+    within = f'true rank {best["rank_in_budget"]} of {best["of_in_budget"]} within the budget'
     rows = [f'{name:13} {_tau_text(ranked)}' for name,ranked in results['rank'].items()]
-    rows += [f'found         {path}; {within}, {found["rank"]} of {found["of"]} in all',
+    rows += [f'found         {path}; {within}, {best["rank"]} of {best["of"]} in all',
              f'report        {folder/"report.html"}']
     return '\n'.join(rows)
 

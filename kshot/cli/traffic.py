@@ -22,9 +22,9 @@ def _mib(n:float) -> float: return round(4*n/2**20, 1) # of n float32 numbers
 def _mb(n:float) -> float: return round(4*n/1e6, 2)
 
 def needs(
-    space:str='mobilenet_se', # whose network, at its full size
+    space:str='mobilenet_se', # whose full-size network is used
     K:int=8,         # number of supernets
-    n_classes:int=1000, # classes
+    n_classes:int=1000, # number of classes
     widths:tuple[float, ...]=(), # relative widths to choose from
     n:int=200,       # random paths that are averaged over
 ) -> dict: # MiB in memory of each process; MB (10^6 bytes) sent by each in a step, and by DDP

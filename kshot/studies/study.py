@@ -49,10 +49,10 @@ Metric = Literal[*METRICS]
 
 def ranking(
     scores:pd.DataFrame, # columns path, acc_super, loss_super, macs, n_params
-    truth:pd.DataFrame,  # index path, a column a seed
+    truth:pd.DataFrame,  # index path, a column per seed
     n:int=10,            # paths that a search keeps
 ) -> dict:               # name -> number
-    "Measure how supernet accuracy, its loss and counting rank, and the ceiling."
+    "Measure how well supernet accuracy, loss, MACs and parameters rank, and the ceiling."
     per_seed = truth.loc[scores.path]
     alone = per_seed.mean(axis=1).to_numpy()
     losses = scores.loss_super.fillna(math.inf) # a loss that is NaN is the worst
@@ -68,8 +68,8 @@ def ranking(
         ceiling=ceiling)
 
 # %% ../../nbs/studies/30_study.ipynb #221d7354
-def _truth(config:Config, scoring:Scoring) -> pd.DataFrame|None: # index path, a column a seed
-    "Return the stand-alone accuracies of the paths to score, None without a table."
+def _truth(config:Config, scoring:Scoring) -> pd.DataFrame|None: # index path, a column per seed
+    "Return the stand-alone accuracies of the paths to score, or None without a table."
     name = scoring.table or config.space
     if scoring.table is None and not has_table(name): return None
     keys = reference(get_table(name), dataset=scoring.table_data, split=scoring.table_split,
@@ -84,10 +84,10 @@ def _draw(space:Space, n:int) -> list[str]: # paths, the same in every row
 
 # %% ../../nbs/studies/30_study.ipynb #264e9462
 def measure(
-    row:Row,         # what to do
+    row:Row,         # to measure
     folder:FilePath, # of its run
 ) -> dict:           # name -> number
-    "Train a run, or go on with it, score its paths and rank them; `ValueError` if it cannot run."
+    "Train or resume a run, score its paths, rank them; raise `ValueError` if it cannot run."
     config, scoring = split_settings(row)
     ensure_trained(config, folder, progress=False)
     truth = _truth(config, scoring)
@@ -109,10 +109,10 @@ def _result(run:FilePath) -> dict|None: # None: not done
     return read_run(run)['results'].get('row') if (run/'run.json').exists() else None
 
 def run_row(
-    row:Row,         # what to do
+    row:Row,         # to run
     folder:FilePath, # of the study
-) -> dict:           # what was measured, or 'error'
-    "Measure one row, or return what was measured; `ValueError` if its folder holds another run."
+) -> dict:           # measurements, or only an 'error'
+    "Measure a row unless it is done; raise `ValueError` if its folder holds another run."
     run = folder/row.name
     with locked(folder/'locks'/row.name, wait=True):
         started = time.monotonic()
@@ -125,20 +125,20 @@ def run_row(
         result = _result(run)
         if result is not None: return result
         try: result = measure(row, run)
-        except (TrainingStopped, torch.OutOfMemoryError) as e: # other errors can be put right
+        except (TrainingStopped, torch.OutOfMemoryError) as e: # you can fix other errors and resume
             result = dict(error=f'{e}')
             print(f'{row.name}: {e}', file=sys.stderr)
         add_result(run, 'row', result, started)
         return result
 
 # %% ../../nbs/studies/30_study.ipynb #59f5b86b
-def _is_row(row:Row) -> bool: # its name becomes a folder inside the study's
+def _is_row(row:Row) -> bool: # its name becomes a folder inside that of the study
     if not isinstance(row.name, str) or not isinstance(row.settings, dict): return False
     return re.fullmatch(r'(?!\.+$)[\w.,=+-]+', row.name) is not None
 
 def study_rows(
     folder:FilePath, # of a study
-) -> list[Row]:      # that it consists of
+) -> list[Row]:      # in the order of the study
     "Return the rows of a study; `ValueError` if the folder holds none."
     check_links(folder)
     holds_none = f'folder {str(folder)!r} holds no study'
@@ -155,7 +155,7 @@ def study_rows(
 # %% ../../nbs/studies/30_study.ipynb #e5f80005
 def _has_study(folder:FilePath) -> bool: return (folder/'study.json').exists()
 
-def _lock(folder:FilePath): # of what all workers of a study write
+def _lock(folder:FilePath): # for files that all workers of a study write
     return locked(folder/'locks'/'study', wait=True)
 
 def _check_empty(folder:FilePath):
@@ -165,10 +165,10 @@ def _check_empty(folder:FilePath):
         raise ValueError(f'folder {str(folder)!r} is not empty and holds no study')
 
 def begin_study(
-    rows:list[Row],  # at least those that it has
+    rows:list[Row],  # all that the study has, perhaps more
     folder:FilePath, # of the study
 ):
-    "Note the rows of a study; `ValueError` if the folder holds another study, or something else."
+    "Write `study.json`; raise `ValueError` if the folder holds another study or anything else."
     _check_empty(folder)
     with _lock(folder):
         new_rows = {row.name: row for row in rows}
@@ -187,14 +187,14 @@ def _table_row(row:Row, run:FilePath) -> dict|None: # None: not done
     result = _result(run)
     if result is None: return None
     record = read_run(run)
-    made = dict(commit=record['commit'], torch=record['versions']['torch'],
+    origin = dict(commit=record['commit'], torch=record['versions']['torch'],
         device=record['machine']['device'])
-    return row._asdict() | dict(settings=json.dumps(row.settings), error=None) | result | made
+    return row._asdict() | dict(settings=json.dumps(row.settings), error=None) | result | origin
 
 def collect(
     folder:FilePath, # of a study
 ) -> pd.DataFrame:   # `Row`'s columns (settings as JSON), measurements, versions
-    "Collect the rows that are done, in `results.parquet` too; `ValueError` without a study."
+    "Collect the finished rows, also in `results.parquet`; raise `ValueError` without a study."
     with _lock(folder):
         rows = [_table_row(row, folder/row.name) for row in study_rows(folder)]
         frame = pd.DataFrame([row for row in rows if row is not None])
@@ -207,7 +207,7 @@ def collect(
 # %% ../../nbs/studies/30_study.ipynb #834c44ca
 def queue(
     folder:FilePath, # of a study
-) -> Search:         # over a space of one block, whose choices are the rows
+) -> Search:         # over a space with one block, whose choices are the rows
     "Open the search that hands out the rows of a study."
     names = tuple(row.name for row in study_rows(folder))
     space = Space('study', (Block('row', names),))
@@ -216,10 +216,10 @@ def queue(
 
 def work(
     folder:FilePath,     # of a study
-    progress:bool=False, # show a bar?
+    progress:bool=False, # show a progress bar?
     threads:int=0,       # of torch; 0: as in `kshot_train`, by the first row
 ):
-    "Run rows of a study until every row is done or in other hands."
+    "Run rows of a study until each is done or held by another worker."
     rows = study_rows(folder)
     if threads: torch.set_num_threads(threads)
     else: set_threads(rows[0].settings)
@@ -229,7 +229,7 @@ def work(
 
 # %% ../../nbs/studies/30_study.ipynb #5fdb9ecb
 def _work_in_process(folder:FilePath, i:int, threads:int): # number i on this machine
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # the process that started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent process ends this one
     end_with_parent()
     if torch.cuda.is_available(): torch.cuda.set_device(i%torch.cuda.device_count())
     try:
@@ -250,7 +250,7 @@ def _watch(processes:list, rows:list[Row], folder:FilePath, progress:bool):
 
 # %% ../../nbs/studies/30_study.ipynb #2dd0641f
 def _work_in_parallel(rows:list[Row], folder:FilePath, n:int, progress:bool) -> list[int]:
-    "Work in n processes; return their exit codes."
+    "Run rows in n processes; return their exit codes."
     threads = max(1, n_cores()//n)
     start = get_context('spawn').Process
     processes = [start(target=_work_in_process, args=(folder, i, threads)) for i in range(n)]
@@ -258,7 +258,7 @@ def _work_in_parallel(rows:list[Row], folder:FilePath, n:int, progress:bool) -> 
     try:
         with redirect_stdout(sys.stderr): _watch(processes, rows, folder, progress)
     finally:
-        for process in processes: # some are left if this one was interrupted
+        for process in processes: # some still run if this one was interrupted
             process.terminate()
             process.join()
     return [process.exitcode for process in processes]
@@ -267,10 +267,10 @@ def _work_in_parallel(rows:list[Row], folder:FilePath, n:int, progress:bool) -> 
 def run_study(
     rows:list[Row],  # of `make_rows` or `read_study`
     folder:FilePath, # of the study
-    workers:int=1,   # processes on this machine; 0: one a core, or one a GPU
-    progress:bool=True, # show a bar?
+    workers:int=1,   # processes on this machine; 0: one per GPU, or else per core
+    progress:bool=True, # show a progress bar?
 ) -> pd.DataFrame:   # as `collect`
-    "Run a study, or what is left of it; `ValueError` as in `begin_study`, or if a row cannot run."
+    "Run or resume a study; raise `ValueError` as `begin_study` does, or if a row cannot run."
     folder = FilePath(folder)
     n = workers or torch.cuda.device_count() or n_cores()
     begin_study(rows, folder)
@@ -288,9 +288,9 @@ def run_study(
 def report_study(
     folder:FilePath,         # of a study, for `report.html`
     frame:pd.DataFrame,      # what `collect` returned
-    metric:Metric='tau_loss', # that effects are about
+    metric:Metric='tau_loss', # to compute effects of
 ):
-    "Write the page of a study: effects, a figure for each heuristic, and every run."
+    "Write the report of a study: effects, a figure for each heuristic, and every run."
     table = effects(frame, metric)
     names = [name for name in frame.heuristic.unique() if name != 'baseline']
     heuristics = [plot_heuristic(table, frame, name, metric) for name in names]
@@ -306,39 +306,38 @@ def report_study(
     sections.append(('Runs', shown))
     write_report(folder/'report.html', f'kshot study: {folder.name}', sections)
 
-def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline is still in work
+def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline is unfinished
     keys = ['space', 'K', 'seed']
     return frame.merge(frame[frame.heuristic == 'baseline'][keys], on=keys)
 
 # %% ../../nbs/studies/30_study.ipynb #e5f80008
 @command(n_places=1, examples={
-    'digits --name heuristics --workers 2': 'the heuristics that digits can have, in two processes',
-    'lr.toml --name lr': 'what a file says',
-    '--name heuristics --resume': 'go on with it, or help with it from another machine'})
+    'digits --name heuristics --workers 2': 'all heuristics for digits, in two processes',
+    'lr.toml --name lr': 'the study in a TOML file',
+    '--name heuristics --resume': 'resume it, or join in from another machine'})
 def study(
-    source:str='digits', # TOML file, or a space for its usual training and the 14 heuristics
-    name:str='study',    # the folder is RUNS/NAME
+    source:str='digits', # TOML file, or a space: its usual training and the 14 heuristics
+    name:str='study',    # name of the study; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
-    resume:bool=False,   # go on with the study in the folder, or help with it (its own rows hold)
-    workers:int=0,       # processes on this machine; 0: one a core, or one a GPU
-    metric:Metric='tau_loss', # that effects are about
+    resume:bool=False,   # resume or join the study in the folder, with its own rows
+    workers:int=0,       # processes on this machine; 0: one per GPU, or else per core
+    metric:Metric='tau_loss', # metric whose effects are reported
 ):
-    "Train, score and measure every row of a study, or go on with one that was interrupted."
+    "Train, score and rank every row of a study; repeat the command to resume."
     folder = run_folder(runs, name)
-    n_processes = world().size
-    if n_processes > 1:
-        several = f'{n_processes} processes for study'
-        raise ValueError(f'{several}, expected one: its own --workers share the rows')
+    n = world().size
+    if n > 1:
+        raise ValueError(f'{n} processes for study, expected one: its own --workers share the rows')
     rows = study_rows(folder) if resume else read_study(source)
     frame = run_study(rows, folder, workers)
-    n = len(study_rows(folder))
+    n_rows = len(study_rows(folder))
     n_failed = int(frame.error.notna().sum())
     paired = _paired(frame)
     table = effects(paired, metric)
     if len(paired): report_study(folder, paired, metric)
     columns = ['space', 'heuristic', 'value', 'K', 'n', 'effect', 'low', 'high', 'verdict']
-    head = f'{folder}: {len(frame)} of {n} rows done, {n_failed} of them without a result'
+    head = f'{folder}: {len(frame)} of {n_rows} rows done, {n_failed} of them without a result'
     text = f'{head}\n{table[columns].round(3).to_string(index=False)}'
     records = json.loads(table.to_json(orient='records'))
-    result = dict(rows=n, done=len(frame), failed=n_failed, effects=records)
+    result = dict(rows=n_rows, done=len(frame), failed=n_failed, effects=records)
     return result, text, int(n_failed == len(frame)) # others may be at work on the rest
