@@ -58,7 +58,9 @@ def test_files_that_are_no_study_are_refused(tmp_path, content, text):
     fname.write_text(content)
     assert text in refusal(read_study, fname)
 
-@pytest.mark.parametrize('space', [name for name in BENCHMARKS if name != 'nds']) # nds has the network of darts
+SPACES = [name for name in BENCHMARKS if name != 'nds'] # nds has the network of darts
+
+@pytest.mark.parametrize('space', SPACES)
 def test_every_space_has_heuristics_that_can_run(space):
     rows = make_rows(dict(space=space, n_cells=2*(space == 'darts')), K=(1,), seeds=1)
     assert len({row.heuristic for row in rows}) > 5

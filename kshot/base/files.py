@@ -23,11 +23,11 @@ class LostProcess(ConnectionError):
     "Another process of the job is gone."
 
 class StopSignal(BaseException):
-    "A signal told this process to stop. It is no `Exception`: what handles errors must not catch it."
+    "A signal told this process to stop. It is not an `Exception`, so handlers do not catch it."
 
 @contextmanager
 def _writing(fname:FilePath):
-    "Raise `Unwritable` for an error of the operating system."
+    "Turn an error of the operating system into `Unwritable`."
     try: yield
     except LostProcess: raise
     except OSError as e:
@@ -42,7 +42,7 @@ def _sync(fname:FilePath): # a file or a folder
 
 @contextmanager
 def replacing(
-    fname:FilePath,      # its folder is made if it is missing
+    fname:FilePath,      # its folder is created if missing
 ) -> Iterator[FilePath]: # temporary name beside it: write there
     "Replace `fname` if the block succeeds; keep it and raise `Unwritable` if that is not possible."
     fname = FilePath(fname)
@@ -53,13 +53,13 @@ def replacing(
             yield tmp
             _sync(tmp)
             os.replace(tmp, fname)
-        with suppress(OSError): _sync(fname.parent) # some file systems cannot
+        with suppress(OSError): _sync(fname.parent) # not every file system can
     finally:
         with suppress(OSError): tmp.unlink()
 
 # %% ../../nbs/base/10_files.ipynb #8d8e8e69
 def write_file(
-    fname:FilePath,  # is replaced
+    fname:FilePath,  # to replace
     data:str|bytes,  # all of its new content; text as UTF-8
 ):
     "Replace a file; raise `Unwritable` as `replacing` does."
@@ -76,11 +76,11 @@ def to_json(
     o:object, # dicts, lists, strings, numbers
     **kwargs, # of `json.dumps`
 ) -> str:
-    "Return JSON text, null for numbers that are not finite; raise `TypeError` for what JSON cannot hold."
+    "Return JSON text, null for non-finite numbers; raise `TypeError` for what JSON cannot hold."
     return json.dumps(_finite(o), allow_nan=False, **kwargs)
 
 def write_json(
-    fname:FilePath, # is replaced
+    fname:FilePath, # to replace
     o:object,       # as in `to_json`
 ):
     "Replace a JSON file; raise `Unwritable` as `replacing` does."
@@ -89,7 +89,7 @@ def write_json(
 # %% ../../nbs/base/10_files.ipynb #077d2611
 def read_log(
     fname:FilePath, # JSON lines
-) -> list[dict]:    # one a line; none if there is no file
+) -> list[dict]:    # one per line; none if there is no file
     "Return the complete lines of a log; raise `ValueError` for a line that is not a JSON object."
     if not fname.exists(): return []
     rows = []
@@ -103,7 +103,7 @@ def read_log(
 
 def append_log(
     fname:FilePath,   # its folder must exist
-    rows:list[dict],  # one line each
+    rows:list[dict],  # one per line
 ):
     "Add lines to a log; raise `Unwritable` if that fails."
     with _writing(fname), FilePath(fname).open('a') as file:
@@ -122,16 +122,16 @@ def _has_name(file, fname:FilePath) -> bool:
     except FileNotFoundError: return False
 
 class FileLock:
-    "Lock among processes and threads that opens when its holder dies."
+    "A lock among processes and threads that is released when its holder dies."
     def __init__(self,
-        fname, # file to lock; it and its folder are made if they are missing
+        fname, # file to lock; it and its folder are created if missing
     ):
         self.fname = FilePath(fname)
         self.file = None
 
     def acquire(self,
         wait:bool=True, # for another holder, or give up at once?
-    ) -> bool:          # is the lock ours?
+    ) -> bool:          # did we get it?
         "Take the lock."
         self.fname.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -147,9 +147,9 @@ class FileLock:
         return True
 
     def release(self):
-        "Give the lock back."
+        "Release the lock."
         file = self.file
-        self.file = None # once the name is gone, another thread may have the lock
+        self.file = None # once the name is gone, another thread may take the lock
         self.fname.unlink(missing_ok=True)
         flock(file, LOCK_UN)
         file.close()
@@ -160,10 +160,10 @@ class FileLock:
 # %% ../../nbs/base/10_files.ipynb #dde4e0c3
 @contextmanager
 def locked(
-    fname:FilePath,  # lock file; its folder is made if it is missing
+    fname:FilePath,  # lock file; its folder is created if missing
     wait:bool=False, # for another holder, or refuse at once?
 ) -> Iterator[None]:
-    "Hold a lock, against threads too; raise `Unwritable` if somebody else holds it or it cannot be made."
+    "Hold a lock; raise `Unwritable` if another process or thread holds it, or if locking fails."
     lock = FileLock(fname)
     folder = f'folder {str(lock.fname.parent)!r}'
     try: is_ours = lock.acquire(wait)
@@ -175,11 +175,11 @@ def locked(
 
 # %% ../../nbs/base/10_files.ipynb #6dedd733
 def kshot_home() -> FilePath: # may not exist yet
-    "Return the folder of what kshot keeps between runs: `KSHOT_HOME`, else `~/.kshot`."
+    "Return the folder for what kshot keeps between runs: `KSHOT_HOME`, else `~/.kshot`."
     return FilePath(os.environ.get('KSHOT_HOME') or '~/.kshot').expanduser()
 
 def data_home() -> FilePath: # may not exist
-    "Return the folder of images and benchmark files: `KSHOT_DATA`, else `data` in `kshot_home`."
+    "Return the folder for images and benchmark files: `KSHOT_DATA`, else `data` in `kshot_home`."
     return FilePath(os.environ.get('KSHOT_DATA') or kshot_home()/'data').expanduser()
 
 def n_cores() -> int: # at least 1

@@ -9,6 +9,7 @@ __all__ = ['storage_errors', 'lock_folder', 'open_study', 'quiet_optuna']
 import os, re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path as FilePath
 from urllib.parse import unquote
 import optuna
@@ -18,9 +19,9 @@ from .files import FileLock, LostProcess
 
 # %% ../../nbs/base/30_storage.ipynb #cf0b4881
 def _mend(
-    fname:FilePath, # journal; it need not exist
+    fname:FilePath, # journal, which may not exist
 ):
-    "Cut a truncated last line off a journal; raise `ValueError` if the file is none."
+    "Cut a truncated last line off a journal; raise `ValueError` if the file is not a journal."
     if not fname.exists(): return
     data = fname.read_bytes()
     start = b'{"op_code":'
@@ -33,19 +34,19 @@ def _mend(
 def _shown(
     storage, # file or URL
 ) -> str:
-    "Return a storage as messages name it."
+    "Return a storage's name for messages."
     return re.sub(r'(?<!sqlite)://.*', '://***', str(storage), flags=re.S)
 
-def _pieces(password:str) -> set[str]: # a driver may read less of it than stands there
+def _pieces(password:str) -> set[str]: # a driver may use only a part of it
     parts = [o for o in re.split('[:/@?]', password) if len(o) > 3]
     return {password, *parts} - {''}
 
 def _without_password(text:str, storage) -> str:
-    "Return `text` with `***` for all that the URL may mean as a password."
+    "Replace everything in `text` that may be the password of the URL by `***`."
     matches = re.findall(r'//[^:]*:(.*)@|password=([^&]*)', str(storage), flags=re.S)
     spelled = [p for groups in matches for p in groups]
     secrets = set()
-    for password in spelled: secrets |= _pieces(password) | _pieces(unquote(password))
+    for password in passwords: secrets |= _pieces(password) | _pieces(unquote(password))
     for secret in sorted(secrets, key=len, reverse=True): text = text.replace(secret, '***')
     return text
 
@@ -55,7 +56,7 @@ _driver = ', expected the driver of the database: for PostgreSQL, pip install "p
 def storage_errors(
     storage, # file or URL
 ) -> Iterator[None]:
-    "Raise `ValueError`, one line without the password, for whatever a storage raises inside."
+    "Turn any error of a storage into a one-line `ValueError` without the password."
     try: yield
     except LostProcess: raise
     except Exception as e:
@@ -81,7 +82,7 @@ def _open_storage(
     storage, # journal or URL
     locks:FilePath|None, # folder of the locks
 ):
-    "Return Optuna's storage, made if it is missing; one worker at a time."
+    "Return Optuna's storage, created if missing; one worker at a time."
     lock = FileLock(locks/'journal') if locks else nullcontext()
     if '://' in str(storage):
         with lock: return RDBStorage(storage)
@@ -102,7 +103,7 @@ def open_study(
     locks:FilePath|None, # folder of the locks
     name:str,        # name of the study in the storage
     directions:list, # of the objectives
-    about:dict,      # what must not change if the study goes on
+    about:dict,      # what must be the same whenever the study is opened
 ) -> optuna.Study:   # new, or with its finished trials
     "Open a study; raise `ValueError` if its storage cannot be used or it is about something else."
     if storage is None: return optuna.create_study(storage=InMemoryStorage(), directions=directions)
