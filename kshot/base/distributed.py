@@ -51,7 +51,7 @@ def _n_in_command(argv:list[str]) -> int|None:
 def distributed(
     timeout:float=600, # seconds to wait for the others, at the start and in every exchange
 ) -> Iterator[World]:  # `World(0, 1)` without a launcher
-    "Join the launcher's processes; raise `ConnectionError` for a lost one, `ValueError` for too few."
+    "Join the launcher's processes; raise `ConnectionError` if one is lost, `ValueError` if too few."
     if dist.is_initialized():
         with _short_errors(): yield world()
         return

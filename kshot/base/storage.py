@@ -44,7 +44,7 @@ def _pieces(password:str) -> set[str]: # a driver may use only a part of it
 def _without_password(text:str, storage) -> str:
     "Replace everything in `text` that may be the password of the URL by `***`."
     matches = re.findall(r'//[^:]*:(.*)@|password=([^&]*)', str(storage), flags=re.S)
-    spelled = [p for groups in matches for p in groups]
+    passwords = [*chain(*matches)]
     secrets = set()
     for password in passwords: secrets |= _pieces(password) | _pieces(unquote(password))
     for secret in sorted(secrets, key=len, reverse=True): text = text.replace(secret, '***')
