@@ -50,7 +50,7 @@ Counts = Mapping[str, Callable[[Path], int]]
 
 def _test_split() -> dict[str, Any]: return dict(split='test')
 
-def _needed(make:Callable) -> list[str]: # arguments that nobody gives it
+def _needed(make:Callable) -> list[str]: # required arguments, without `n_classes`
     params = signature(make).parameters.values()
     bare = [p for p in params if p.default is p.empty and p.name != 'n_classes']
     return [p.name for p in bare if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
