@@ -43,7 +43,7 @@ class TensorLoader:
         augment:Callable[[Tensor, torch.Generator], Tensor]|None=None, # of a batch, before it becomes float
         shuffle:bool=False, # new order every epoch? Then all batches have one size
         seed:int=0,        # of order and augmentation
-        passes:int=1,      # over the images that count as one epoch
+        passes:int=1,      # passes over the images in an epoch
         stats:tuple[Tensor, Tensor]|None=None, # mean, deviation `(C,)` of pixels 0-1, for uint8; None: (0, 1)
         shard:World=World(), # rank and number of ranks: this rank gets its rows of each batch
     ):
@@ -161,7 +161,7 @@ def split_classes(
     portion:float, # of every class that goes into the first part, 0-1, rounded to whole images
     seed:int=0,    # of the draw
 ) -> tuple[Tensor, Tensor]: # sorted indices of the first part and of the rest
-    "Split a set in two, each class in the same portion; `ValueError` if that is not in 0-1."
+    "Split a set in two, each class in the same portion; raise `ValueError` if that is not in 0-1."
     if not 0 <= portion <= 1: raise ValueError(f'portion {portion}, expected 0 to 1')
     rng = np.random.default_rng(seed)
     first = torch.zeros(len(y), dtype=torch.bool)
@@ -174,7 +174,7 @@ def balanced(
     y:Tensor, # `(N,)` classes
     n:int,    # images wanted, the same number of each class; 0: all
 ) -> Tensor:  # sorted indices
-    "Return the first images of each class; `ValueError` if `n` is too large or not a multiple."
+    "Return the first images of each class; raise `ValueError` if `n` is too large or not a multiple."
     if not n: return torch.arange(len(y))
     classes, counts = y.unique(return_counts=True)
     C = len(classes)
@@ -240,7 +240,7 @@ def loaders(
 def digits_data(
     bs:int=100, # images in a training batch
     seed:int=0, # of order and augmentation in training
-    passes:int=1, # over the training images that count as one epoch
+    passes:int=1, # passes over the training images in an epoch
     n_train:int=0, # training images, balanced; 0: all 800
     shard:World=World(), # rank and number of ranks
 ) -> DataLoaders: # train, valid, test; `c` classes
@@ -315,7 +315,7 @@ def image_data(
     name:str,          # a key of `IMAGE_SETS`
     bs:int=256,        # images in a training batch
     seed:int=0,        # of order and augmentation in training
-    passes:int=1,      # over the training images that count as one epoch
+    passes:int=1,      # passes over the training images in an epoch
     folder:str|None=None, # as in `image_splits`, and so are the others
     portion:float=.5, n_train:int=0, n_valid:int=0, px:int=0,
     shard:World=World(), # rank and number of ranks
@@ -335,7 +335,7 @@ def imagenet_data(
     folder:str|None=None, # with `train/<class>/` and `val/<class>/`; None: `imagenet` in `data_folder`
     bs:int=1024,       # images in a batch of all ranks; the paper's
     seed:int=0,        # of order and augmentation in training
-    passes:int=1,      # over the training images that count as one epoch
+    passes:int=1,      # passes over the training images in an epoch
     px:int=224,        # pixels per side
     n_train:int=0,     # training images; 0: all that don't validate
     n_valid:int=0,     # training images that validate; 0: the paper's 50,000
