@@ -33,7 +33,7 @@ SMALL = ['--space', 'mobilenet_se', '--widths', ' '.join(map(str, WIDTHS)), '--c
 BROKEN = 'train/stripes_0/07.jpg', 'train/stripes_45/11.jpg', 'train/stripes_135/30.jpg'
 
 def stripes(angle, color, rng) -> Image.Image: # 40x40 pixels
-    "Return a noisy picture of stripes at an angle, with more of one colour."
+    "Return a noisy picture of stripes at an angle, with more of one color."
     y, x = np.mgrid[:40, :40]
     across = x*np.cos(np.radians(angle)) + y*np.sin(np.radians(angle))
     waves = 90 + 60*np.sin(.9*across + rng.uniform(0, 2*np.pi))

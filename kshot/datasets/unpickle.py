@@ -27,7 +27,7 @@ class _DType:
         self.dtype = self.dtype.newbyteorder(_text(state[1]))
 
 class _Array(np.ndarray):
-    "Stand-in for `np.ndarray` while a pickle is read: empty until its state comes."
+    "Stand-in for `np.ndarray` while a pickle is read: empty until its state is set."
     def __new__(cls, *_): return super().__new__(cls, 0, 'b')
     def __setstate__(self, state):
         *_, shape, dtype, is_fortran, data = state
@@ -79,7 +79,7 @@ _values = (type(None), bool, int, float, complex, str, bytes, bytearray, set, fr
 
 def _unwrap(
     o,         # what a pickle made
-    seen:dict, # id of an object -> itself, so that its id stays its own, and what became of it
+    seen:dict, # id of an object -> the object, so that its id is not reused, and its replacement
 ):
     "Return `o` with arrays for stand-ins, each object once; raise `Refused` for anything but a value."
     if id(o) in seen: return seen[id(o)][1]
@@ -100,7 +100,7 @@ def _unwrap(
 # %% ../../nbs/datasets/10_unpickle.ipynb #d64a5627
 _torch_starts = b'PK\x03\x04', b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.' # a zip; the older files
 _packers = {b'BZh': bz2.open, b'\x1f\x8b': gzip.open}
-MOST = 4 << 30 # bytes that are unpacked
+MOST = 4 << 30 # bytes to unpack
 
 def _load_torch(file:BinaryIO) -> Any:
     allowed = [(f, name) for name,f in ALLOWED.items() if name not in _builtin]

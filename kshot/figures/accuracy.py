@@ -128,7 +128,7 @@ def _ridges(parts:dict, rows:list, colors:dict, names, split, kind:Distribution)
         showgrid=False, range=[-.1-.06*len(colors), len(rows)-.1])
 
 # %% ../../nbs/figures/45_accuracy.ipynb #98cbe704
-def _row_colors(rows:list) -> dict: # a row as text -> colour
+def _row_colors(rows:list) -> dict: # a row as text -> color
     texts = list(map(str, rows))
     if len(rows) <= 6: return color_of(texts)
     return dict(zip(texts, sample_colorscale(SCALE, len(rows))))
@@ -300,6 +300,6 @@ def plot_shares(
     top = 76+7*max(map(len, ops)) if is_wide else 100
     fig.update_yaxes(autorange='reversed', showgrid=False)
     fig.update_xaxes(side='top', showgrid=False, tickangle=-90 if is_wide else 0)
-    note = f'share of {n:,} of {N:,} paths; grey: as chance would have it'
+    note = f'share of {n:,} of {N:,} paths; gray: as chance would have it'
     height = 12+top+max(18, 30-len(blocks)//2)*len(blocks)
     return finish(fig, title, note, height, margin=dict(t=top, b=12))

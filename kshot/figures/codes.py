@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from .look import GREY, OKABE_ITO, empty, finish, joined, stacked
+from .look import GRAY, OKABE_ITO, empty, finish, joined, stacked
 from ..space import Space
 
 # %% ../../nbs/figures/20_codes.ipynb #693798ad
@@ -29,10 +29,10 @@ def _marker_colors(color:np.ndarray|None, plain:str) -> dict:
 
 # %% ../../nbs/figures/20_codes.ipynb #e5f20001
 def _add_triangle(fig:go.Figure, codes:np.ndarray, labels:Sequence, color, col:int):
-    "Add sides, codes and the centre of the triangle to a panel."
+    "Add sides, codes and the center of the triangle to a panel."
     panel = dict(row=1, col=col)
     side_x, side_y = _xy(np.eye(3)[[0, 1, 2, 0]]).T
-    fig.add_scatter(x=side_x, y=side_y, mode='lines', line=dict(color=GREY, width=1.5),
+    fig.add_scatter(x=side_x, y=side_y, mode='lines', line=dict(color=GRAY, width=1.5),
         hoverinfo='skip', **panel)
     x, y = _xy(codes).T
     numbers = ', '.join(f'%{{customdata[{k}]:.3f}}' for k in range(3))
@@ -69,12 +69,12 @@ _neutral = 232, 230, 225 # red, green, blue
 _blue = 0, 114, 178
 _red = 213, 94, 0
 
-def _tint(color:tuple, strength:float) -> str: # 0: neutral, 1: the colour itself
+def _tint(color:tuple, strength:float) -> str: # 0: neutral, 1: the color itself
     mixed = [a+(b-a)*strength for a,b in zip(_neutral, color)]
     return 'rgb(%d, %d, %d)' % tuple(mixed)
 
 def _code_scale(codes:np.ndarray) -> dict: # of a heat map
-    "Scale the colours of codes `(..., K)`: neutral at 1/K, equally strong on both sides."
+    "Scale the colors of codes `(..., K)`: neutral at 1/K, equally strong on both sides."
     mid = 1/codes.shape[-1]
     half = max(.02, np.nanmax(abs(codes-mid), initial=0))
     low = max(0, mid-half)
@@ -101,7 +101,7 @@ def _heat(codes:np.ndarray, labels:Sequence, order:np.ndarray) -> go.Figure:
 # %% ../../nbs/figures/20_codes.ipynb #399bf293
 CodeKind = Literal['triangle', 'heat']
 
-def _finite_rows(codes:np.ndarray, labels, color) -> tuple: # codes, labels, colours, note
+def _finite_rows(codes:np.ndarray, labels, color) -> tuple: # codes, labels, colors, note
     "Keep the codes that are numbers, with what belongs to them."
     ok = np.isfinite(codes).all(1)
     labels = np.asarray(range(len(codes)) if labels is None else labels, object)[ok]
@@ -113,7 +113,7 @@ def _finite_rows(codes:np.ndarray, labels, color) -> tuple: # codes, labels, col
 def plot_codes(
     codes,              # `(N, K)` simplex codes
     labels=None,        # N names for the hover, such as paths
-    color=None,         # N numbers: colour in the triangle, order in the heat map
+    color=None,         # N numbers: color in the triangle, order in the heat map
     color_name:str='',  # what the numbers are
     kind:CodeKind|None=None, # None: a triangle if K is 3
 ) -> go.Figure:
@@ -131,7 +131,7 @@ def plot_codes(
     if K == 1: return empty(title, f'K = 1: the code of all {len(codes):,} paths is 1')
     spread = f'spread over paths {codes.std(0).mean():.3f}'
     if K == 3 and kind != 'heat':
-        note = joined(spread, f'colour: {color_name}' if color_name else '', lost)
+        note = joined(spread, f'color: {color_name}' if color_name else '', lost)
         margin = dict(t=92, b=16 if color is None else 64)
         fig = _triangle(codes, labels, color)
         return stacked(finish(fig, title, note, 430, showlegend=False, margin=margin),
@@ -166,7 +166,7 @@ def _bars(fig:go.Figure, code:np.ndarray, codes:np.ndarray):
     low, high = np.quantile(codes, [.025, .975], axis=0)
     x = list(range(K))
     panel = dict(row=1, col=1)
-    fig.add_bar(x=x, y=high-low, base=low, marker=dict(color=GREY, opacity=.35),
+    fig.add_bar(x=x, y=high-low, base=low, marker=dict(color=GRAY, opacity=.35),
         width=.9, **panel,
         hovertemplate='supernet %{x}: 95 % of paths '
             'between %{base:.3f} and %{y:.3f}<extra></extra>')
@@ -175,7 +175,7 @@ def _bars(fig:go.Figure, code:np.ndarray, codes:np.ndarray):
         **panel, textposition='outside', cliponaxis=False,
         hovertemplate='supernet %{x}: %{y:.3f}<extra></extra>')
     fig.update_xaxes(title_text='supernet', dtick=1, showgrid=False, **panel)
-    fig.add_hline(y=1/K, line=dict(color=GREY, width=1, dash='dot'), **panel)
+    fig.add_hline(y=1/K, line=dict(color=GRAY, width=1, dash='dot'), **panel)
     fig.update_yaxes(range=[0, min(1.1, 1.2*max(code.max(), high.max()))], **panel)
 
 # %% ../../nbs/figures/20_codes.ipynb #e5f20005
@@ -187,8 +187,8 @@ def _add_arrows(fig:go.Figure, corners:np.ndarray, middle:np.ndarray, width:floa
         name = f'supernet {k}' if len(corners) <= 4 else str(k)
         side = 'top' if y > middle[1] else 'bottom'
         fig.add_scatter(x=[middle[0], x], y=[middle[1], y], mode='lines+text',
-            text=['', name], textfont=dict(color=GREY, size=11),
-            textposition=f'{side} center', line=dict(color=GREY, width=1),
+            text=['', name], textfont=dict(color=GRAY, size=11),
+            textposition=f'{side} center', line=dict(color=GRAY, width=1),
             hoverinfo='skip', **panel)
 
 # %% ../../nbs/figures/20_codes.ipynb #c0462fa5
@@ -256,13 +256,13 @@ def plot_code(
     drawn = _drawn_codes(ok, near)
     labels = np.asarray(range(len(codes)) if labels is None else labels, object)
     if color is not None: color = np.asarray(color, float)
-    fig = make_subplots(1, 2, subplot_titles=('grey: 95 % of all paths', 'map'),
+    fig = make_subplots(1, 2, subplot_titles=('gray: 95 % of all paths', 'map'),
         horizontal_spacing=.08, column_widths=[.45, .55])
     _bars(fig, code, codes[ok])
     filled = np.where(ok[:,None], codes, codes[ok].mean(0))
     fig.layout.annotations[1].text = _map(fig, code, filled, near, labels, color, drawn)
     note = ['star: this path', 'rings: nearest codes' if near else '']
-    if color is not None: note.append(f'colour: {color_name}')
+    if color is not None: note.append(f'color: {color_name}')
     if len(drawn) < len(codes):
         note.append(f'{len(drawn):,} of {len(codes):,} paths drawn')
     finish(fig, title, joined(*note), 400, showlegend=False, barmode='overlay',
@@ -391,7 +391,7 @@ def _draw_long(names:Sequence, ops:Sequence, title:str, n_cols:int=7) -> go.Figu
     fig.add_scatter(x=x, y=y, text=[f'<b>{o}</b>' for o in ops], mode='text',
         hoverinfo='skip', textfont=dict(color='#FFFFFF', size=11))
     fig.add_scatter(x=x, y=y-.42, text=names, mode='text', hoverinfo='skip',
-        textfont=dict(color=GREY, size=10))
+        textfont=dict(color=GRAY, size=10))
     fig.update_xaxes(visible=False, range=[-.55, n_cols-.45])
     fig.update_yaxes(visible=False, range=[n_rows-.4, -.62])
     return finish(fig, title, '', 66+66*n_rows, showlegend=False, margin=dict(t=44, b=8))

@@ -11,7 +11,7 @@ from itertools import combinations, product
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from .look import (
-    GREY, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
+    GRAY, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
 from ..rank import spearman
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a008
@@ -151,7 +151,7 @@ def plot_effects(
     end = _axis_end(effects)
     fig = _panels(spaces, names, shared_yaxes=True, horizontal_spacing=.03)
     _add_effects(fig, effects, heights, end, names)
-    fig.add_vline(x=0, line=dict(color=GREY, width=1.5))
+    fig.add_vline(x=0, line=dict(color=GRAY, width=1.5))
     fig.update_xaxes(title_text='effect', range=[-1.06*end, 1.06*end])
     y = list(heights.values())
     fig.update_yaxes(tickvals=y, ticktext=labels, range=[min(y)-.7, max(y)+.7])
@@ -198,7 +198,7 @@ def _range(y:pd.Series, effects:pd.DataFrame) -> list: # low, high
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a026
 def _add_values(fig:go.Figure, runs:pd.DataFrame, effects:pd.DataFrame, values:list, colors:dict,
                 names:dict|None, col:int):
-    "Fill the panel of one space: values side by side, a colour per K."
+    "Fill the panel of one space: values side by side, a color per K."
     for i,(K,color) in enumerate(colors.items()):
         shift = (i-(len(colors)-1)/2)*.24
         at = {value: x+shift for x,value in enumerate(values)}
@@ -210,8 +210,8 @@ def _add_values(fig:go.Figure, runs:pd.DataFrame, effects:pd.DataFrame, values:l
 def _add_taus(fig:go.Figure, taus:dict, col:int):
     "Add dashed lines with labels to the panel of one space."
     for label,tau in taus.items():
-        text = dict(text=label, font_color=GREY, x=1, xshift=-4)
-        fig.add_hline(y=tau, line=dict(color=GREY, width=1.5, dash='dash'), annotation=text,
+        text = dict(text=label, font_color=GRAY, x=1, xshift=-4)
+        fig.add_hline(y=tau, line=dict(color=GRAY, width=1.5, dash='dash'), annotation=text,
             annotation_position='bottom right' if 'MACs' in label else 'top right', row=1, col=col)
 
 def _finished_runs(runs:pd.DataFrame, metric:str) -> pd.DataFrame:
@@ -272,7 +272,7 @@ def _pair_grid(heads:dict) -> go.Figure: # (row, column) from 0 -> head of the p
         shared_yaxes=True, horizontal_spacing=.02, vertical_spacing=.12/n)
 
 def _add_pairs(fig:go.Figure, runs:pd.DataFrame, metrics:list, names:dict|None):
-    "Add a dot per run to each panel, a colour per K, a symbol per space."
+    "Add a dot per run to each panel, a color per K, a symbol per space."
     colors = color_of(sorted(runs.K.unique()))
     spaces = list(runs.space.unique())
     for (i,j),(K,color) in product(combinations(range(len(metrics)), 2), colors.items()):

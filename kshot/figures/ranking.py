@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from .look import (
-    GREY, OKABE_ITO, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
+    GRAY, OKABE_ITO, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
 from ..rank import true_top
 
 # %% ../../nbs/figures/40_ranking.ipynb #cacb13dc
@@ -48,7 +48,7 @@ def _score_points(scores:pd.DataFrame, x:str, is_top:bool) -> go.Scatter:
         text=scores.path if 'path' in scores else scores.index, mode='markers',
         marker=colors|shape, showlegend=False,
         hovertemplate='<br>'.join(lines)+'<extra></extra>', selectedpoints=selected,
-        unselected=dict(marker=dict(color=GREY, opacity=.15)))
+        unselected=dict(marker=dict(color=GRAY, opacity=.15)))
 
 # %% ../../nbs/figures/40_ranking.ipynb #855eb02a
 def _add_scores(fig:go.Figure, scores:pd.DataFrame, x:str, top:float, **panel):
@@ -61,7 +61,7 @@ def _add_scores(fig:go.Figure, scores:pd.DataFrame, x:str, top:float, **panel):
         own = drawn[is_best.iloc[at] == is_top]
         fig.add_trace(_score_points(own, x, is_top), **panel)
     lowest = scores.acc_alone[is_best].min()
-    fig.add_hline(y=lowest, line=dict(color=GREY, width=1, dash='dot'), **panel)
+    fig.add_hline(y=lowest, line=dict(color=GRAY, width=1, dash='dot'), **panel)
 
 # %% ../../nbs/figures/40_ranking.ipynb #e5f40002
 def _axis_range(values:pd.Series) -> list: # low, high
@@ -112,7 +112,7 @@ def plot_rank(
     _set_score_axes(fig, scores, x)
     notes = [f'diamonds: true top {top:.0%}']
     has_bar = 'macs' in scores and scores.macs.nunique() > 1
-    if has_bar: notes.append('colour: MACs')
+    if has_bar: notes.append('color: MACs')
     n_drawn = sum(len(trace.x) for trace in fig.data)
     if n_drawn < len(scores): notes.append(f'{n_drawn:,} of {len(scores):,} points drawn')
     finish(fig, title, joined(*notes, note), 110+390*n_rows, coloraxis_showscale=has_bar,
@@ -120,8 +120,8 @@ def plot_rank(
     return stacked(fig, n, 420) if n > 1 else fig
 
 # %% ../../nbs/figures/40_ranking.ipynb #9046492b
-def _scorer_colors(keys:Iterable) -> dict: # key -> colour
-    "Colour scorers; a run by its loss has the colour of the run."
+def _scorer_colors(keys:Iterable) -> dict: # key -> color
+    "Color scorers; a run by its loss has the color of the run."
     runs = {str(key): key for key in keys}
     run_of = {key: runs.get(str(key).removesuffix('_loss'), key) for key in keys}
     colors = color_of(dict.fromkeys(run_of.values()))
@@ -183,7 +183,7 @@ def plot_top_tau(
         fig.add_scatter(x=frame.index, y=taus, name=label, mode='lines+markers',
             marker_size=5, line=dict(color=colors[key], width=2, dash=_dash(key)),
             hovertemplate=f'{label}<br>top %{{x:.0%}}: %{{y:.2f}}<extra></extra>')
-    if top is not None: fig.add_vline(x=top, line=dict(color=GREY, width=1.5, dash='dash'))
-    fig.add_hline(y=0, line=dict(color=GREY, width=1))
+    if top is not None: fig.add_vline(x=top, line=dict(color=GRAY, width=1.5, dash='dash'))
+    fig.add_hline(y=0, line=dict(color=GRAY, width=1))
     fig.update_xaxes(tickformat='.0%', title_text='share of the paths that counts as the top')
     return finish(fig, title, '', 380, margin_b=110, yaxis_title_text='tau-b')

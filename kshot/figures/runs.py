@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from fastprogress.fastprogress import format_time
 from plotly.subplots import make_subplots
 from .look import (
-    GREY, OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
+    GRAY, OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
 from ..search import pareto
 
 # %% ../../nbs/figures/30_runs.ipynb #913a0cb9
@@ -34,7 +34,7 @@ def plot_pareto(
     title = 'Score against cost'
     f, note = finite(frame, cost, score)
     if f.empty: return empty(title, note)
-    colors = dict(color=GREY)
+    colors = dict(color=GRAY)
     if order is not None:
         f = f.sort_values(order, kind='stable')
         note = joined('blue: first, orange: last', note)
@@ -52,8 +52,8 @@ def plot_pareto(
     elif best is not None: note = joined(note, f'{best} is not among the paths')
     for trace in fig.data[1:]: trace.hoverinfo = 'skip' # the hover is for the points below
     if budget is not None:
-        fig.add_vline(x=budget, line=dict(color=GREY, width=1.5, dash='dash'),
-            annotation=dict(text='budget', font_color=GREY))
+        fig.add_vline(x=budget, line=dict(color=GRAY, width=1.5, dash='dash'),
+            annotation=dict(text='budget', font_color=GRAY))
     return finish(fig, title, note, 440, margin_b=96, xaxis_title_text=word_of(cost),
         yaxis_title_text=word_of(score))
 
@@ -131,7 +131,7 @@ def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
         lines.append((updates, values, _line(color, key)))
     colors = list(OKABE_ITO.values())[:K] if K <= 6 else []
     names = ' '.join(_tinted(f'<b>{k}</b>', color) for k,color in enumerate(colors))
-    colors = colors or [GREY]*K
+    colors = colors or [GRAY]*K
     uses = [(x, use[:,k], _line(colors[k], f'supernet {k}:')) for k in range(K)]
     near_one = _zero_to_one | dict(include=[.98, 1])
     near_zero = _zero_to_one | dict(include=.01)
