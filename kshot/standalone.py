@@ -96,6 +96,8 @@ def make_table(
     benchmark = get_benchmark(name)
     space = benchmark.space
     paths = [space.format(path) for path in (space if paths is None else map(space.parse, paths))]
+    if not paths or len(set(paths)) < len(paths):
+        raise ValueError(f'{len(paths)} paths, {len(set(paths))} of them different, expected at least one, each once')
     folder = FilePath(folder)
     log = folder/f'{benchmark.name}.jsonl'
     with locked(folder/f'.{benchmark.name}.lock'):
