@@ -96,8 +96,9 @@ def make_table(
     benchmark = get_benchmark(name)
     space = benchmark.space
     paths = [space.format(path) for path in (space if paths is None else map(space.parse, paths))]
-    if not paths or len(set(paths)) < len(paths):
-        raise ValueError(f'{len(paths)} paths, {len(set(paths))} of them different, expected at least one, each once')
+    n_different = len(set(paths))
+    if not 0 < n_different == len(paths):
+        raise ValueError(f'{len(paths)} paths, {n_different} different, expected at least one, each once')
     folder = FilePath(folder)
     log = folder/f'{benchmark.name}.jsonl'
     with locked(folder/f'.{benchmark.name}.lock'):

@@ -69,7 +69,7 @@ _neutral = 232, 230, 225 # red, green, blue
 _blue = 0, 114, 178
 _red = 213, 94, 0
 
-def _tint(color:tuple, strength:float) -> str: # 0: neutral, 1: the color itself
+def _tint(color:tuple, strength:float) -> str: # 0: neutral, 1: full color
     mixed = [a+(b-a)*strength for a,b in zip(_neutral, color)]
     return 'rgb(%d, %d, %d)' % tuple(mixed)
 
@@ -102,7 +102,7 @@ def _heat(codes:np.ndarray, labels:Sequence, order:np.ndarray) -> go.Figure:
 CodeKind = Literal['triangle', 'heat']
 
 def _finite_rows(codes:np.ndarray, labels, color) -> tuple: # codes, labels, colors, note
-    "Keep the codes that are numbers, with what belongs to them."
+    "Keep the finite codes, with their labels and colors."
     ok = np.isfinite(codes).all(1)
     labels = np.asarray(range(len(codes)) if labels is None else labels, object)[ok]
     if color is not None: color = np.asarray(color, float)[ok]
@@ -117,7 +117,7 @@ def plot_codes(
     color_name:str='',  # what the numbers are
     kind:CodeKind|None=None, # None: a triangle if K is 3
 ) -> go.Figure:
-    "Draw codes of many paths; `ValueError` unless they are a matrix that `kind` fits."
+    "Draw codes of many paths; raise `ValueError` unless they are a matrix that suits `kind`."
     title = 'Simplex codes'
     codes = np.asarray(codes, float)
     if codes.size == 0: return empty(title, 'no codes')
@@ -197,7 +197,7 @@ def _map(fig:go.Figure, code:np.ndarray, codes:np.ndarray, near:list, labels:np.
     "Add the map of codes and the star of one; return what the map shows."
     panel = dict(row=1, col=2)
     points, corners, shown = project_codes(codes)
-    star = np.array([code])@corners # on a map that the other codes have made
+    star = np.array([code])@corners # the map is made from the other codes
     low = np.minimum(points.min(0), star[0])
     high = np.maximum(points.max(0), star[0])
     middle = (low+high)/2
@@ -225,7 +225,7 @@ def _map(fig:go.Figure, code:np.ndarray, codes:np.ndarray, near:list, labels:np.
 
 # %% ../../nbs/figures/20_codes.ipynb #f36e048f
 def _drawn_codes(ok:np.ndarray, near:list, n:int=2000) -> np.ndarray: # indices
-    "Choose what a map draws: `n` codes, always the same, and the near ones."
+    "Choose which codes a map draws: always the same `n`, and the near ones."
     shuffled = np.random.default_rng(0).permutation(np.flatnonzero(ok))
     return np.union1d(shuffled[:n], near).astype(int)
 
@@ -239,7 +239,7 @@ def plot_code(
     color_name='',  # what they are
     name:str='',    # of the path
 ) -> go.Figure:
-    "Draw a code as bars and on a map; `ValueError` if the numbers of supernets differ."
+    "Draw a code as bars and on a map; raise `ValueError` if the numbers of supernets differ."
     code = np.asarray(code, float)
     codes = np.asarray(codes, float) if len(codes) else np.zeros((0, len(code)))
     title = f'Code of {name}' if name else 'Code'
@@ -274,7 +274,7 @@ def path_array(
     space:Space, # whose paths they are
     paths,       # N paths: strings, tuples, or an `(N, L)` array of op indices, taken as is
 ) -> np.ndarray: # `(N, L)` ints
-    "Return the ops of each path, block by block; `ValueError` for a path not in `space`."
+    "Return the ops of each path, block by block; raise `ValueError` for a path not in `space`."
     if isinstance(paths, np.ndarray) and paths.ndim == 2: return paths
     rows = [space.parse(p) if isinstance(p, str) else space.check(p) for p in paths]
     return np.array(rows, int).reshape(len(rows), len(space.blocks))
@@ -294,7 +294,7 @@ def mean_codes(
     paths,         # N paths, as tuples or as `space.format` writes them
     codes,         # `(N, K)` their codes
 ) -> pd.DataFrame: # a row per block and op (NaN if no path has it), a column per supernet
-    "Average codes of paths that share an op; `ValueError` unless each has a code."
+    "Average the codes of paths that share an op; raise `ValueError` unless each has a code."
     codes = np.asarray(codes, float)
     ops = path_array(space, paths)
     N = len(ops)
@@ -308,7 +308,7 @@ def mean_codes(
 
 # %% ../../nbs/figures/20_codes.ipynb #e5f20009
 def _by_block(space:Space, means:np.ndarray) -> np.ndarray: # `(sum O, K)` to `(L, O, K)`
-    "Cut rows of ops into blocks, filled up with NaN."
+    "Split rows of ops into blocks, padded with NaN."
     n = max(space.sizes)
     parts = np.split(means, np.cumsum(space.sizes)[:-1])
     def fill(part): return np.pad(part, ((0, n-len(part)), (0, 0)), constant_values=np.nan)
@@ -364,7 +364,7 @@ def plot_codes_by_op(
 
 # %% ../../nbs/figures/20_codes.ipynb #85f30362
 def _rows(space:Space, path:tuple) -> list[tuple]: # name, choices, index of the one taken
-    "List the rows of a drawn path; if each op has a width, it stands in the same row."
+    "List the rows of a drawn path; if each op has a width, it is in the same row."
     widths = [b.choices[o] for b,o in zip(space.blocks, path) if b.kind == 'width']
     has_widths = 2*len(widths) == len(path)
     rows = []
@@ -377,7 +377,7 @@ def _rows(space:Space, path:tuple) -> list[tuple]: # name, choices, index of the
 
 # %% ../../nbs/figures/20_codes.ipynb #1853f7f8
 def _draw_long(names:Sequence, ops:Sequence, title:str, n_cols:int=7) -> go.Figure:
-    "Draw only the choices that a path has taken, in lines of boxes."
+    "Draw only the choices of a path, in rows of boxes."
     n_rows = -(-len(ops)//n_cols)
     y, x = np.divmod(np.arange(len(ops)), n_cols)
     boxes = np.where(np.arange(n_rows*n_cols) < len(ops), 1, np.nan)
@@ -398,7 +398,7 @@ def _draw_long(names:Sequence, ops:Sequence, title:str, n_cols:int=7) -> go.Figu
 
 # %% ../../nbs/figures/20_codes.ipynb #01cb2152
 def _box_grid(rows:Sequence[list], taken:Sequence[int]) -> list[list]: # `(L, O)`
-    "Return 1 for a choice that was taken, 0 for another, NaN for none."
+    "Return 1 for the choice taken, 0 for the others, NaN for no choice."
     n = max(map(len, rows))
     grid = []
     for choices,op in zip(rows, taken):
@@ -408,17 +408,17 @@ def _box_grid(rows:Sequence[list], taken:Sequence[int]) -> list[list]: # `(L, O)
     return grid
 
 def _add_choices(fig:go.Figure, rows:Sequence[list], taken:Sequence[int]):
-    "Add the line through the choices that were taken, and the words of all."
+    "Add a line through the choices taken, and the names of all choices."
     L = len(rows)
     fig.add_scatter(x=[taken[0], *taken, taken[-1]], y=[.3, *range(1, L+1), L+.7],
         mode='lines', line=dict(color=OKABE_ITO['blue'], width=3), hoverinfo='skip')
-    on = [] # x, y, text
-    off = []
+    chosen = [] # x, y, text
+    others = []
     for l,(choices,op) in enumerate(zip(rows, taken), 1):
-        off += [(o, l, word) for o,word in enumerate(choices) if o != op]
-        on.append((op, l, f'<b>{choices[op]}</b>'))
-    off += [(taken[0], 0, 'input'), (taken[-1], L+1, 'output')]
-    for words,color in ((off, None), (on, '#FFFFFF')):
+        others += [(o, l, word) for o,word in enumerate(choices) if o != op]
+        chosen.append((op, l, f'<b>{choices[op]}</b>'))
+    others += [(taken[0], 0, 'input'), (taken[-1], L+1, 'output')]
+    for words,color in ((others, None), (chosen, '#FFFFFF')):
         x, y, text = zip(*words)
         fig.add_scatter(x=x, y=y, text=text, mode='text', textfont_color=color,
             hoverinfo='skip')
@@ -430,7 +430,7 @@ def draw_path(
     title:str='',      # what the path is; '': its string
     max_choices:int=6, # most choices drawn side by side
 ) -> go.Figure:
-    "Draw the choices of a path, block by block; `ValueError` if it is not in `space`."
+    "Draw the choices of a path, block by block; raise `ValueError` if it is not in `space`."
     path = space.check(space.parse(path) if isinstance(path, str) else path)
     names, rows, taken = zip(*_rows(space, path))
     L = len(rows)

@@ -18,7 +18,7 @@ OKABE_ITO = dict(
     orange='#E69F00', sky='#56B4E9', green='#009E73',
     blue='#0072B2', vermillion='#D55E00', purple='#CC79A7')
 GRAY = '#8C8C8C'
-# lightness rises, and both ends are readable on white and on black
+# lightness increases, and both ends are readable on white and on black
 SCALE = [[0, OKABE_ITO['blue']], [.5, OKABE_ITO['green']], [1, OKABE_ITO['orange']]]
 
 _fixed = {1: 'blue', 'one_shot': 'blue', 'one-shot': 'blue', 'kshot': 'vermillion',
@@ -28,7 +28,7 @@ _in_turn = ('vermillion', 'orange', 'purple', 'sky', 'green', 'blue')
 def color_of(
     keys:Iterable, # K, or names of runs, scorers and baselines
 ) -> dict:         # key -> color
-    "Return each key's color: one of its own, gray for baselines, or the next in turn."
+    "Return each key's color: its fixed one, gray for baselines, or the next in turn."
     free = itertools.cycle(_in_turn)
     def color(key):
         if key in ('macs', 'params'): return GRAY
@@ -52,7 +52,7 @@ _labels = {
 def word_of(
     column:str, # of a frame or a log
 ) -> str:       # what a reader sees
-    "Return words for a column of numbers; without any, its name with spaces."
+    "Return words for a column of numbers; by default its name with spaces."
     if column in _words: return _words[column]
     stem = column.removesuffix('_loss')
     return f'{_words[stem]} by loss' if stem in _words else column.replace('_', ' ')
@@ -78,7 +78,7 @@ _dark = '#E4E4E2', '#1B1D21', '#3A3D43'
 
 @cache
 def template(
-    dark:bool=False, # light ink on a dark ground
+    dark:bool=False, # light text on a dark background?
 ) -> go.layout.Template:
     "Return the look of every figure."
     ink, ground, grid = _dark if dark else _light
@@ -113,7 +113,7 @@ def finish(
 # %% ../../nbs/figures/10_look.ipynb #f38578e4
 def empty(
     title:str, # of the figure that could not be drawn
-    why:str,   # there is nothing in it
+    why:str,   # the reason, as text
 ) -> go.Figure:
     "Draw a figure that says why there is nothing in it."
     fig = go.Figure()
@@ -123,9 +123,9 @@ def empty(
 
 def finite(
     frame:pd.DataFrame, # numbers, as floats or as text
-    *cols:str,          # columns that matter
+    *cols:str,          # columns to check
 ) -> tuple[pd.DataFrame, str]:
-    "Return rows with finite numbers, and a note on the others; `ValueError` for a missing column."
+    "Return rows with finite numbers and a note on the others; raise `ValueError` without a column."
     if not len(frame): return pd.DataFrame(columns=cols), 'no rows'
     missing = [c for c in cols if c not in frame]
     if missing: raise ValueError(f'no column {missing[0]!r} in {list(frame.columns)}')
@@ -137,16 +137,16 @@ def finite(
 def joined(
     *notes:str, # empty ones are skipped
 ) -> str:
-    "Join notes to one line."
+    "Join notes into one line."
     return '; '.join(filter(None, notes))
 
 # %% ../../nbs/figures/10_look.ipynb #c12492e0
 def stacked(
     fig:go.Figure, # of `make_subplots`, changed in place
     n:int,         # panels, side by side
-    height:int,    # of each once they are stacked, in pixels
+    height:int,    # of each stacked panel, in pixels
 ) -> go.Figure:    # the same
-    "Add a patch to a figure's `meta` that puts its panels below each other."
+    "Add a patch to a figure's `meta` that stacks its panels."
     margin = fig.layout.margin
     gap = 96/(height*n-margin.t-margin.b) # room for an axis title and two lines of the next panel's
     part = (1-gap*(n-1))/n

@@ -67,7 +67,7 @@ draw();
 
 # %% ../../nbs/figures/60_page.ipynb #20c30f40
 def _cell(value) -> str:
-    "Write one value of a table for a reader."
+    "Format one value of a table."
     if isinstance(value, (bool, np.bool_)): return 'yes' if value else 'no'
     if value is None or value is pd.NA or value != value: return '–'
     if isinstance(value, (int, np.integer)): return f'{value:,}'
@@ -80,9 +80,9 @@ def _row(tag:str, texts:Sequence[str], styles:Sequence[str]) -> str:
     return f'<tr>{"".join(cells)}</tr>'
 
 def table_html(
-    frame:pd.DataFrame, # as it is to be read; a named index becomes the first column
+    frame:pd.DataFrame, # to show; a named index becomes the first column
 ) -> str:
-    "Write a data frame as HTML, with its text escaped."
+    "Return a data frame as HTML, with its text escaped."
     has_index = frame.index.name or not isinstance(frame.index, pd.RangeIndex)
     if has_index: frame = frame.reset_index()
     if frame.empty: return '<p>no rows</p>'
@@ -95,13 +95,13 @@ def table_html(
 
 # %% ../../nbs/figures/60_page.ipynb #66a3ab4d
 def _json(x) -> str:
-    "Write JSON that can stand inside a script element: plotly escapes `<`."
+    "Return JSON that is safe inside a script element: plotly escapes `<`."
     return to_json_plotly(x.to_dict() if isinstance(x, go.Figure) else x)
 
 def item_html(
     item, # a figure, a data frame, or a paragraph as plain text
 ) -> str:
-    "Write one item of a report; `TypeError` for anything else."
+    "Return one item of a report as HTML; raise `TypeError` for anything else."
     if isinstance(item, go.Figure):
         data = f'<script type="application/json">{_json(item)}</script>'
         return f'<div class="card"><div class="plot"></div>{data}</div>'
@@ -127,7 +127,7 @@ def write_report(
     title:str,                # of the page
     sections:Sequence[tuple], # (heading, item, item, ...): items are figures, data frames and strings
 ) -> Path:                    # the file
-    "Write one self-contained page; `ValueError` if its folder is missing."
+    "Write one self-contained page; raise `ValueError` if its folder is missing."
     fname = Path(fname)
     if not fname.parent.is_dir():
         raise ValueError(f'folder {fname.parent} does not exist, expected one for {fname.name}')
