@@ -22,10 +22,10 @@ from ..space import Space
 
 # %% ../../nbs/lab/40_accuracy.ipynb #0dadd6ad
 def on_box(
-    view:View,      # in whose figure boxes are dragged
-    choose:Callable, # called with two ranges `(low, high)`, on the x axis and on the y axis
+    view:View,      # in which boxes are dragged
+    choose:Callable, # called with the ranges `(low, high)` on the x axis and on the y axis
 ):
-    "Call a function with the corners of each box that a reader drags."
+    "Call a function with the corners of each box that is dragged."
     def dragged(layout, selections):
         boxes = layout.to_plotly_json().get('selections')
         if not boxes: return
@@ -52,9 +52,9 @@ def _range_slider(name:str, values:pd.Series) -> ipywidgets.FloatRangeSlider: # 
 
 # %% ../../nbs/lab/40_accuracy.ipynb #e7b0c1d8
 class AccuracyExplorer(Panel):
-    "Distributions, scatter and ops of paths, brushed together; errors for incomplete scores."
+    "Show linked distributions, scatter and ops of paths; raise `ValueError` for incomplete scores."
     def __init__(self,
-        scores:pd.DataFrame,  # columns path, acc_super; acc_alone, macs and `by` where known
+        scores:pd.DataFrame,  # columns path, acc_super; acc_alone, macs and `by` if known
         space:Space,          # of the paths
         by:str='K',           # column that tells runs apart
         names:dict|None=None, # value of `by` -> label
@@ -71,9 +71,9 @@ class AccuracyExplorer(Panel):
         index, paths = pd.factorize(self.frame.get('path', pd.Series(dtype=str)))
         self.paths = path_array(space, paths)[index] # `(N, L)`
         self.window = Window()
-        self.ranges = {}  # column -> (low, high) that was asked for
-        self.rows = None  # values of the split that were asked for; None: all
-        self.is_setting = False # controls change together, and are drawn once
+        self.ranges = {}  # column -> requested (low, high)
+        self.rows = None  # requested values of the split; None: all
+        self.is_setting = False # while controls change together, nothing is drawn
         self.shown_hills = None # (kind, split) of the distributions
         self.shown_run = None   # of the scatter
         self.taus = {}          # run -> tau
@@ -128,7 +128,7 @@ def _splits(self:AccuracyExplorer) -> list: # label, value
     return [('nothing', None), *zip(names, names)]
 
 @patch
-def _change_split(self:AccuracyExplorer): # the rows of another split are other rows
+def _change_split(self:AccuracyExplorer): # another split has other rows
     split = self.split.value
     had_rows = self.rows is not None
     self.rows = None
@@ -164,10 +164,10 @@ def _restore_scatter(self:AccuracyExplorer, trace, *event):
 def select(self:AccuracyExplorer,
     acc_super:tuple[float, float]|None=None, # lowest and highest; None: any
     acc_alone:tuple[float, float]|None=None, # lowest and highest; None: any
-    run=None,   # value of `by` to go to; None: the one in view
+    run=None,   # value of `by` to switch to; None: the one in view
     rows=None,  # values of the split; None: all
 ):
-    "Choose the paths of a region; `ValueError` for a bad range, an unknown run or a missing truth."
+    "Choose a region; raise `ValueError` for a bad range, an unknown run or a missing truth."
     ranges = dict(acc_super=acc_super, acc_alone=acc_alone)
     self._check_region(run, ranges)
     self.is_setting = True
@@ -219,12 +219,12 @@ def clear(self:AccuracyExplorer):
 
 @patch(as_prop=True)
 def has_choice(self:AccuracyExplorer) -> bool:
-    "Whether anything was asked for."
+    "Return whether there is a choice."
     return bool(self.ranges) or self.rows is not None
 
 @patch(as_prop=True)
 def is_chosen(self:AccuracyExplorer) -> np.ndarray:
-    "`(N,)` bools, one for each row of `frame`; all False without a choice."
+    "Return `(N,)` bools, one for each row of `frame`; all False without a choice."
     f = self.frame
     if not self.has_choice: return np.zeros(len(f), bool)
     chosen = (f[self.by] == self.run.value).to_numpy()
@@ -233,7 +233,7 @@ def is_chosen(self:AccuracyExplorer) -> np.ndarray:
 
 @patch(as_prop=True)
 def chosen(self:AccuracyExplorer) -> pd.DataFrame:
-    "Rows of the scores that are chosen."
+    "Return the chosen rows of the scores."
     return self.scores[self.is_chosen]
 
 # %% ../../nbs/lab/40_accuracy.ipynb #dd36ca2b
@@ -303,7 +303,7 @@ def _draw_hills(self:AccuracyExplorer):
 # %% ../../nbs/lab/40_accuracy.ipynb #ef2f4614
 @patch
 def draw(self:AccuracyExplorer):
-    "Show what is chosen in all figures."
+    "Show the choice in all figures."
     if self.is_setting: return
     self._draw_hills()
     is_run = (self.frame[self.by] == self.run.value).to_numpy()

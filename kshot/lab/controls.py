@@ -69,7 +69,7 @@ class Switch:
     "Pause, resume or stop a thread from another one."
     def __init__(self):
         self.go = threading.Event() # set unless paused
-        self.stops = 0              # how often somebody asked for a stop
+        self.stops = 0              # how often a stop was requested
         self.go.set()
 
     def pause(self): self.go.clear()
@@ -92,12 +92,12 @@ def _hidden_button(icon:str) -> ipywidgets.Button:
     return ipywidgets.Button(icon=icon, layout=dict(width='auto', min_width='96px', display='none'))
 
 class LivePanel(Panel):
-    "Say what goes on, with buttons to pause and stop it."
+    "Show progress, with buttons to pause and stop."
     def __init__(self,
         switch:Switch, # what the buttons set
         window:Window, # of the views
         *rows,         # as in `Panel`
-        stop_messages:tuple[str, ...]=('stopping after this epoch', 'stopping now'), # one a press
+        stop_messages:tuple[str, ...]=('stopping after this epoch', 'stopping now'), # one per press
     ):
         self.switch = switch
         self.stop_messages = stop_messages
@@ -136,7 +136,7 @@ def _stop(self:LivePanel):
 
 @patch
 def refresh(self:LivePanel):
-    "Make the buttons say what they do now, and answer at once."
+    "Update the buttons, and make them respond at once."
     stops = self.switch.stops
     is_on = self.is_running and self.can_stop and stops < len(self.stop_messages)
     can_resume = is_on and self.switch.is_paused
@@ -157,8 +157,8 @@ def _bar(done:float) -> str: # HTML
 
 @patch
 def report(self:LivePanel,
-    message:str='',        # what goes on; '': as before
-    done:float|None=None,  # share that is done, between 0 and 1; None: as before
+    message:str='',        # what is happening; '': as before
+    done:float|None=None,  # share done, between 0 and 1; None: as before
     trouble:str|None=None, # what went wrong, in one line; None: as before
 ):
     "Change the line beside the buttons."
@@ -176,7 +176,7 @@ def start(self:LivePanel,
     can_stop:bool,   # show buttons?
     stop_label:str,  # of the second button
 ):
-    "Begin, or begin again."
+    "Show that work starts, perhaps again."
     self.is_running = True
     self.can_stop = can_stop
     self.stop_label = stop_label
@@ -188,7 +188,7 @@ def start(self:LivePanel,
 def end(self:LivePanel,
     message:str, # what happened
 ):
-    "Disable the buttons: it is over."
+    "Show how the work ended, and disable the buttons."
     self.is_running = False
     self.report(message)
     self.refresh()
@@ -203,10 +203,10 @@ class Guard:
     def __call__(self,
         kind:str,             # of work
         work:Callable,        # takes no arguments
-        panel:LivePanel|None, # where to say what failed
+        panel:LivePanel|None, # where to report failures
         most:float=2,         # failures in a row before this kind is given up
     ) -> bool:                # whether it succeeded
-        "Do the work, and report if it fails."
+        "Do the work, and report a failure."
         try: work()
         except Exception as e:
             self._report(kind, e, panel, most)

@@ -15,14 +15,14 @@ from .widgets import Panel, View, Window
 from ..space import Block, Path, Space
 
 # %% ../../nbs/lab/30_explore.ipynb #a6f8e338
-LISTED = 20_000 # combinations of a space whose paths are all listed
+LISTED = 20_000 # most combinations of choices for which all paths are listed
 
 def listed_paths(
     space:Space, # any
     more=(),     # paths to include
-    n:int=5000,  # paths drawn from a space that is too large to list
+    n:int=5000,  # paths to draw if the space is too large to list
 ) -> list[Path]: # without repetition
-    "Return all paths of a small space, or some of a large one."
+    "Return all paths of a small space, or a sample of a large one."
     if math.prod(space.sizes) <= LISTED: return list(space)
     drawn = space.sample(np.random.default_rng(0), n)
     return list(dict.fromkeys([*more, *drawn]))
@@ -31,7 +31,7 @@ def code_array(
     codes:Callable,   # paths -> `(N, K)` codes, such as `learn.k_shot.codes`
     paths:list[Path], # N paths
 ) -> np.ndarray:      # `(N, K)`
-    "Return the codes of paths; `ValueError` for another shape, such as one code a block."
+    "Return the codes of paths; raise `ValueError` for a wrong shape, such as a code per block."
     c = codes(paths)
     c = np.asarray(c.detach().cpu() if hasattr(c, 'detach') else c, float)
     if c.ndim == 2 and len(c) == len(paths): return c
@@ -40,9 +40,9 @@ def code_array(
 # %% ../../nbs/lab/30_explore.ipynb #0265cd61
 def known_accuracies(
     space:Space, # of the paths
-    scores,      # frame with path, and acc_super and acc_alone where known; None: nothing is known
+    scores,      # frame with path and, if known, acc_super and acc_alone; None: nothing is known
 ) -> dict[str, dict[Path, float]]: # column -> path -> accuracy
-    "Return what is known about paths; `ValueError` for what is no path, or is scored twice."
+    "Return the known accuracies; raise `ValueError` for an invalid path or one scored twice."
     out = dict(acc_super={}, acc_alone={})
     if scores is None or not len(scores): return out
     if 'path' not in scores: raise ValueError(f"no column 'path' in {list(scores.columns)}")
@@ -56,13 +56,13 @@ def known_accuracies(
 
 # %% ../../nbs/lab/30_explore.ipynb #836e4415
 class CodeExplorer(Panel):
-    "A path, its code, and the paths around it; errors as in `code_array` and `known_accuracies`."
+    "Show a path, its code and nearby paths; errors as in `code_array` and `known_accuracies`."
     path = traitlets.Tuple() # op index per block
     def __init__(self,
         space:Space,    # whose paths to explore
         codes:Callable, # paths -> `(N, K)` codes
-        scores=None,    # frame with path and acc_super; acc_alone where known
-        cost:Callable|None=None,  # paths -> `(N, 2)` MACs and parameters, as a `kshot.cost.Cost`
+        scores=None,    # frame with path, acc_super and, if known, acc_alone
+        cost:Callable|None=None,  # paths -> `(N, 2)` MACs and parameters, such as a `kshot.cost.Cost`
         score:Callable|None=None, # path -> supernet accuracy, for paths that are not in `scores`
     ):
         self.space = space
@@ -77,7 +77,7 @@ class CodeExplorer(Panel):
         self.colors = self._colors()
         self.window = Window()
         self.rng = np.random.default_rng()
-        self.is_drawing = False # controls that change now were not touched by a reader
+        self.is_drawing = False # if so, controls change without being touched
         super().__init__(self.window, *self._rows())
         self.observe(self._draw, 'path')
         self.path = self.best() or self.paths[0]
@@ -110,7 +110,7 @@ def _colors(self:CodeExplorer) -> np.ndarray|None: # supernet accuracy of each p
 # %% ../../nbs/lab/30_explore.ipynb #1f086dd3
 @patch(as_prop=True)
 def is_small(self:CodeExplorer) -> bool:
-    "Whether all ops of all blocks have room as buttons."
+    "Return whether there is room for all ops as buttons."
     return len(self.space.blocks) <= 10 and max(self.space.sizes) <= 8
 
 @patch
@@ -171,9 +171,9 @@ def _complain(self:CodeExplorer, text:str):
 
 @patch
 def go(self:CodeExplorer,
-    path, # a tuple, or a string as the space or its benchmark writes it
+    path, # a tuple, or a string in the notation of the space or its benchmark
 ):
-    "Show a path. If it is none, say so in the panel and keep the last one."
+    "Show a path; if it is invalid, say so in the panel and keep the last one."
     try: path = self.space.check(self.space.parse(path.strip()) if isinstance(path, str) else path)
     except ValueError as e: return self._complain(str(e))
     self._complain('')

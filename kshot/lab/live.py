@@ -28,13 +28,13 @@ from ..space import Path
 # %% ../../nbs/lab/50_live.ipynb #d4b4a946
 class LiveCallback(Callback):
     "Draw a training while it runs; errors as in `known_truth` and `TimeBudget`."
-    order = CheckpointCallback.order+1 # a stop leaves after the checkpoint is written
+    order = CheckpointCallback.order+1 # a stop takes effect after the checkpoint is written
     run_valid = True
     def __init__(self,
-        truth=None,       # as `known_truth` takes it
-        n_paths:int=32,   # in the sample, drawn once
-        n_images:int=100, # validation images that score a path
-        share:float=.02,  # of the training time, at most
+        truth=None,       # as in `known_truth`
+        n_paths:int=32,   # size of the sample
+        n_images:int=100, # validation images to score a path on
+        share:float=.02,  # largest share of the training time to use
     ):
         self.truth = known_truth(truth)
         self.n_paths = n_paths
@@ -62,9 +62,9 @@ class LiveCallback(Callback):
 
 # %% ../../nbs/lab/50_live.ipynb #7e295b5d
 def known_truth(
-    truth, # path (string) -> accuracy alone: dict, Series, DataFrame (a column a seed) or None
+    truth, # path (string) -> stand-alone accuracy: dict, Series, DataFrame (a column per seed) or None
 ) -> pd.Series|None:
-    "Return the known accuracies; `TypeError` for other kinds, `ValueError` for fewer than 2 paths."
+    "Return known accuracies; raise `TypeError` for other types, `ValueError` for under 2 paths."
     if truth is None: return None
     if isinstance(truth, pd.DataFrame): truth = truth.mean(axis=1)
     if not isinstance(truth, (pd.Series, Mapping)):
@@ -76,7 +76,7 @@ def known_truth(
 # %% ../../nbs/lab/50_live.ipynb #21db80c2
 def sample_images(
     dl,    # a loader of `kshot.data`
-    n:int, # images, at most a batch
+    n:int, # number of images, at most a batch
 ) -> tuple[Tensor, Tensor]: # `(x, y)`
     "Return the same few images of a loader every time."
     dl = copy.copy(dl)
@@ -110,7 +110,7 @@ def _blank_record(self:LiveCallback, K:int) -> dict: # gives a figure all its pa
 # %% ../../nbs/lab/50_live.ipynb #4070c3b6
 @patch
 def before_fit(self:LiveCallback):
-    "Close what an interrupted fit has left open; `TypeError` for a learner without supernets."
+    "Close the panel of an interrupted fit; raise `TypeError` for a learner without supernets."
     if not hasattr(self.learn, 'k_shot'):
         kind = type(self.learn.model).__name__
         raise TypeError(f'a learner of {kind}, expected one of kshot_learner')
@@ -208,7 +208,7 @@ def _can(self:LiveCallback, kind:str) -> bool:
 @patch
 def _spend(self:LiveCallback, kinds:list):
     if torch.cuda.is_available(): torch.cuda.synchronize() # training pays for this wait
-    if kinds != ['drawing'] and 'tick' not in kinds: kinds = ['tick', *kinds] # opens a record
+    if kinds != ['drawing'] and 'tick' not in kinds: kinds = ['tick', *kinds] # starts a record
     for kind in filter(self._can, kinds):
         with self.budget.spending(kind): self._work([kind])
 
@@ -228,8 +228,10 @@ def _pause(self:LiveCallback):
 @patch
 def _tick(self:LiveCallback):
     if not self.losses: return # nothing since the last one
-    (u0, t0), (u1, t1) = self.first, self.mark
-    u, t = self.update, self.budget.seconds
+    u0, t0 = self.first
+    u1, t1 = self.mark
+    u = self.update
+    t = self.budget.seconds
     loss = torch.stack(self.losses).mean().item()
     n = self.n_epoch*len(self.learn.dls.train)
     record = dict(update=u, n_updates=n, seconds=round(t, 3), loss=loss)
@@ -298,14 +300,14 @@ def _with_folder(self:LiveCallback, outcome:str) -> str:
 
 @patch
 def after_epoch(self:LiveCallback):
-    "End the fit if somebody pressed *Stop*."
+    "End the fit if *Stop* was pressed."
     if not (self.is_running and self.switch.stops and self.mark): return
     epoch = self.epoch+1
     if epoch < self.n_epoch: self._leave(f'stopped after epoch {epoch} of {self.n_epoch}')
 
 @patch
 def after_fit(self:LiveCallback):
-    "Bring all curves to the end and say how it came."
+    "Complete all curves, and report how the training ended."
     if not self.is_running: return
     kinds = [k for k in self.budget.parts if k != 'look' or self.switch.stops < 2]
     if self.update: self._spend(kinds)

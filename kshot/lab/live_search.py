@@ -21,11 +21,11 @@ from ..space import Path
 
 # %% ../../nbs/lab/60_live_search.ipynb #d4b265c9
 class LiveSearch:
-    "Draw a search while it runs: `search.run(score, n, progress=LiveSearch())`."
+    "Show a search while it runs: `search.run(score, n, progress=LiveSearch())`."
     def __init__(self,
-        cost:str|None=None, # name of the cost that is drawn first; None: one with a budget, or any
+        cost:str|None=None, # cost to draw first; None: one with a budget, or any
         take:Callable|None=None, # `take(path)`: what *Extract* does, such as a `calibrated_subnet`
-        share:float=.02,    # of the search time, at most
+        share:float=.02,    # largest share of the search time to use
     ):
         self.cost = cost
         self.take = take
@@ -33,11 +33,11 @@ class LiveSearch:
         self.switch = Switch()
         self.panel = None
         self.search = None
-        self.frame = pd.DataFrame(dict(path=[])) # as it was drawn last
+        self.frame = pd.DataFrame(dict(path=[])) # as last drawn
         self.path = None    # in view
-        self.subnet = None  # what `take` returned
-        self.taken = None   # for this path
-        self.requests = queue.SimpleQueue() # paths to take
+        self.subnet = None  # result of `take`
+        self.taken = None   # path of `subnet`
+        self.requests = queue.SimpleQueue() # paths to extract
         self.lock = threading.RLock()       # a click comes in another thread
         self.guard = Guard()
         self.budget = self.new_budget()
@@ -72,7 +72,7 @@ def _make_panel(self:LiveSearch):
 @patch
 def __enter__(self:LiveSearch) -> LiveSearch:
     self.search = self.path = self.subnet = self.taken = None
-    self.is_chosen = False # whether a reader chose `path`
+    self.is_chosen = False # did you choose `path`?
     self.guard = Guard()
     self.bar = ExitStack()
     self.switch.__init__()
@@ -81,9 +81,9 @@ def __enter__(self:LiveSearch) -> LiveSearch:
 
 @patch
 def __call__(self:LiveSearch,
-    search:Search, # that runs
-) -> bool:         # go on?
-    "Show how far a search is, and obey the buttons."
+    search:Search, # that is running
+) -> bool:         # continue?
+    "Show the progress of a search, and obey the buttons."
     if self.search is None: self._begin(search)
     if self.has_bar and self.panel and self.panel.window.width: self._drop_bar()
     if self.has_bar: self.update_bar()
@@ -152,7 +152,8 @@ def _pause(self:LiveSearch):
 
 @patch
 def _tick(self:LiveSearch):
-    n, n_wanted = self.search.n_done, self.search.n_wanted
+    n = self.search.n_done
+    n_wanted = self.search.n_wanted
     self.panel.report(f'{n:,} of {n_wanted:,} paths', min(1, n/max(1, n_wanted)))
 
 @patch
@@ -198,9 +199,9 @@ def _show_path(self:LiveSearch, name:str, row:pd.Series):
 # %% ../../nbs/lab/60_live_search.ipynb #70d6bc6b
 @patch
 def choose(self:LiveSearch,
-    path:Path, # that was scored
+    path:Path, # a scored path
 ):
-    "Show a path and its architecture, as a click on it does."
+    "Show a path and its architecture, like a click on it."
     with self.lock:
         self.path = path
         self.is_chosen = True
@@ -214,7 +215,7 @@ def _click(self:LiveSearch, trace, points, state):
 @patch
 def _request(self:LiveSearch):
     if self.path: self.requests.put(self.path)
-    if not self.panel.is_running: self._take_requested() # no thread scores any more
+    if not self.panel.is_running: self._take_requested() # no thread is scoring any more
 
 @patch
 def _take_requested(self:LiveSearch):
