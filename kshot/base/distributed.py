@@ -162,7 +162,7 @@ def average_stats(
 ):
     "Average the running means and variances of batch norm over ranks."
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    average_([t for m in norms for t in (m.running_mean, m.running_var)])
+    average_([m.running_mean for m in norms] + [m.running_var for m in norms])
 
 # %% ../../nbs/base/20_distributed.ipynb #ce99bceb
 def agree(

@@ -10,7 +10,7 @@ __all__ = ['SUFFIXES', 'FORMATS', 'IMAGENET_STATS', 'FILL_COLOR', 'Augment', 'AU
 # %% ../../nbs/datasets/30_folder.ipynb #e821ef2f
 import copy, os, time, warnings, weakref
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
 import numpy as np
@@ -70,7 +70,7 @@ def _check_same_classes(train:dict, test:dict, folder:FilePath):
                      'expected it in train/ and val/')
 
 def _all_files(folder:FilePath, by_class:dict[str, list[bytes]]) -> Files:
-    names = np.array([name for names in by_class.values() for name in names])
+    names = np.array([*chain(*by_class.values())])
     counts = torch.tensor([len(names) for names in by_class.values()])
     return Files(folder, names, torch.arange(len(counts)).repeat_interleave(counts))
 
@@ -163,7 +163,8 @@ class ImageFiles(Dataset):
         px:int=224,            # pixels a side
         augment:Augment|None=None, # as in `image_tfm`
     ):
-        self.files, self.px = files, px
+        self.files = files
+        self.px = px
         self.tfm = image_tfm(px, augment)
         self.tries = min(100, len(files.names)) # if so many are skipped, all have failed
 
@@ -215,7 +216,11 @@ class EpochOrder:
         shard:World=World(), # rank and number of ranks
     ):
         check_batches(n, bs, shuffle, shard)
-        self.n, self.bs, self.shuffle, self.passes, self.shard = n, bs, shuffle, passes, shard
+        self.n = n
+        self.bs = bs
+        self.shuffle = shuffle
+        self.passes = passes
+        self.shard = shard
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ import io, json, os, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path as FilePath
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -79,9 +80,11 @@ def _find_batches(s:ImageSet, name:str, folder:FilePath) -> Source|None:
 def _find_pictures(name:str, folder:FilePath) -> Source|None:
     for root in (folder/name, folder):
         if not ((root/'train').is_dir() and (root/'test').is_dir()): continue
-        walked = [w for split in ('train', 'test') for w in os.walk(root/split)]
-        files = sorted(FilePath(above)/f for above,_,names in walked for f in names if f[0] != '.')
-        return Source('folder', root, [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES])
+        files = []
+        for above,_,names in chain(os.walk(root/'train'), os.walk(root/'test')):
+            files += [FilePath(above)/name for name in names if name[0] != '.']
+        pictures = [f for f in sorted(files) if f.suffix.lower() in IMAGE_SUFFIXES]
+        return Source('folder', root, pictures)
 
 def _find_parts(name:str, folder:FilePath) -> Source|None:
     for root in (folder/name, folder):
@@ -300,7 +303,8 @@ def save_images(
     names:list[str], # of the classes
 ):
     "Write images to a safetensors file; raise `ValueError` or `SafetensorError` if that fails."
-    tensors = {f'{split}_{k}': t for split,xy in images.items() for k,t in zip('xy', xy)}
+    tensors = {}
+    for split,(x,y) in images.items(): tensors |= {f'{split}_x': x, f'{split}_y': y}
     meta = dict(names=json.dumps(names), crc=_crc(tensors))
     with replacing(fname) as tmp: save_file(tensors, tmp, meta)
 

@@ -143,7 +143,9 @@ def _change_split(self:AccuracyExplorer): # another split has other rows
 @patch
 def _views(self:AccuracyExplorer):
     def view(): return HalfView(self.window, deselect=lambda *_: self.clear())
-    self.hills, self.scatter, self.ops = view(), view(), view()
+    self.hills = view()
+    self.scatter = view()
+    self.ops = view()
     self.scatter.on['selection'] = self._restore_scatter
     on_box(self.hills, self._choose_in_hills)
     on_box(self.scatter, lambda x, y: self.select(x, y))
