@@ -185,7 +185,7 @@ def last_line(capsys, command, *args) -> str:
     return last
 
 @pytest.mark.parametrize('args, message', [
-    (['--folder', '{tmp}/flat'], 'has no train/, expected train/ and val/, each with a folder a class'),
+    (['--folder', '{tmp}/flat'], 'has no train/, expected train/ and val/, each with a folder per class'),
     (['--folder', '{tmp}/none'], 'does not exist, expected one with train/ and val/'),
     (['--n_valid', 232], 'n_valid=232, expected 1 to 231 of 232 training images'),
     (['--bs', 193], 'batch size 193, expected 1 to 192 for 192 images'),

@@ -127,14 +127,15 @@ def _cpu(torch) -> Finding:
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES') if has_sysconf else 0
     n = os.environ.get('OMP_NUM_THREADS')
     setting = f'OMP_NUM_THREADS={n}' if n else 'OMP_NUM_THREADS is not set'
-    threads = f'{torch.get_num_threads()} torch threads ({setting})'
+    n_threads = torch.get_num_threads()
+    threads = f'{n_threads} torch thread{_s(n_threads)} ({setting})'
     return Finding('devices', 'cpu', 'ok', f'{n_cores()} cores, {threads}, {_gb(memory)}')
 
 def _cuda(torch) -> Finding:
     n = torch.cuda.device_count()
     if n and torch.cuda.is_available():
         return Finding('devices', 'cuda', 'ok', f'{n} GPU{_s(n)}, CUDA {torch.version.cuda}')
-    lost = 'large runs: a CPU is only fast enough for the small benchmarks'
+    lost = 'large runs (a CPU is only fast enough for the small benchmarks)'
     less = partial(Finding, 'devices', 'cuda', 'less', lost=lost)
     has_driver = shutil.which('nvidia-smi') or FilePath('/proc/driver/nvidia/version').exists()
     if not has_driver: return less('no NVIDIA GPU')

@@ -134,7 +134,7 @@ def rank(
     name:str='run',      # name of the experiment, or of a trained run, whose settings are used
     runs:FilePath=FilePath('runs'), # folder of runs
     seeds:int=1,         # number of trainings; the first has seed --seed, the next --seed + 1
-    n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
+    n_calibration:int=4, # batches to recalibrate batch norm on; 0: tracked or the batch's statistics
     bf16_scores:bool=False, # score in bfloat16
     truth:Truth=Truth(), # what the scores are ranked against
     **config,
@@ -175,7 +175,7 @@ def search(
     n_paths:int=200,     # paths to score in total, with those of earlier calls
     algorithm:Algorithm='nsga2', # how to choose the next path
     seed:int=0,          # seed of the search
-    n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
+    n_calibration:int=4, # batches to recalibrate batch norm on; 0: tracked or the batch's statistics
     storage:str='',      # URL of a database that workers share; '': a journal in the run's folder
     budget:Budget=Budget(), # what the best path may cost
 ):

@@ -39,7 +39,7 @@ def _is_image(entry:os.DirEntry) -> bool:
 def _classes_in(root:FilePath) -> list[str]:
     with os.scandir(root) as entries:
         classes = [e.name for e in entries if e.name[0] != '.' and e.is_dir()]
-    if not classes: raise ValueError(f'folder {str(root)!r} has no folders, expected one a class')
+    if not classes: raise ValueError(f'folder {str(root)!r} has no folders, expected one per class')
     return sorted(classes)
 
 def list_split(
@@ -50,7 +50,7 @@ def list_split(
     root = folder/split
     if not root.is_dir():
         raise ValueError(f'folder {str(folder)!r} has no {split}/, '
-                         'expected train/ and val/, each with a folder a class')
+                         'expected train/ and val/, each with a folder per class')
     out = {}
     for name in _classes_in(root):
         above = os.fsencode(f'{split}/{name}/')

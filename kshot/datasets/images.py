@@ -103,7 +103,7 @@ def find_images(
     folder = FilePath(folder)
     source = _find_batches(s, name, folder) or _find_pictures(name, folder) or _find_parts(name, folder)
     if source: return source
-    layouts = f'{s.folder}/, train/ and test/ with a folder a class, {name}_part*.npz'
+    layouts = f'{s.folder}/, train/ and test/ with a folder per class, {name}_part*.npz'
     raise ValueError(f'{str(folder)!r} has no {name}: looked for {layouts}')
 
 # %% ../../nbs/datasets/20_images.ipynb #51cb0dd5
