@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from kshot.checkpoint import load_newest, load_tensors
-from processes import call_ranks, command
+from processes import call_ranks, command, free_port
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
@@ -230,7 +230,8 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path):
 
 def test_accelerate_starts_as_many_as_were_asked_for(tmp_path):
     accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '2',
-                  '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no']
+                  '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                  '--main_process_port', str(free_port())]
     argv = ['-m', 'kshot.cli.launch', 'train', '--runs', str(tmp_path), *SMALL]
     options = dict(capture_output=True, text=True)
     done = subprocess.run([*accelerate, '--cpu', *argv], env=ENV, **options)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from processes import call
+from processes import call, free_port
 from safetensors.torch import load_file
 from test_distributed import launch
 from test_launch import content
@@ -228,11 +228,11 @@ from accelerate import notebook_launcher
 from kshot.config import Config
 from kshot.runs import ensure_trained
 config = Config(K=2, epochs=1, passes=2, bs=200)
-notebook_launcher(ensure_trained, (config, Path({folder!r})), num_processes=2)
+notebook_launcher(ensure_trained, (config, Path({folder!r})), num_processes=2, use_port='{port}')
 '''
 
 def test_notebook_launcher(tmp_path):
-    code, out, err = call(LAUNCH.format(folder=str(tmp_path/'net')))
+    code, out, err = call(LAUNCH.format(folder=str(tmp_path/'net'), port=free_port()))
     assert code == 0, err
     record = read(tmp_path/'net')
     assert record['machine']['processes'] == 2 and record['results']['train']['epoch'] == 1

@@ -126,6 +126,15 @@ class Notebook:
         "Wait until a JavaScript function returns true."
         self.page.wait_for_function(condition, arg=arg, timeout=timeout*1000)
 
+    def until_pointed(self, x:float, y:float, condition:str, timeout:float=120, arg=None):
+        "Wait as `until` does, with a pointer that is never quite at rest: a live figure under it holds still."
+        end = time.monotonic() + timeout
+        while not self.page.evaluate(condition, arg):
+            if time.monotonic() > end: raise TimeoutError(condition)
+            self.page.mouse.move(x, y)
+            self.page.mouse.move(x, y+1)
+            self.page.wait_for_timeout(300)
+
     def button(self, name:str): return self.page.locator('.kshot-panel button', has_text=name)
 
     def plot(self, title:str): return self.page.locator('.js-plotly-plot').filter(has_text=title).first

@@ -258,8 +258,10 @@ def test_live_search(lab, notebook):
     nb.run_all()
     nb.until("() => document.querySelector('.js-plotly-plot')?.data[0]?.x.length > 12")
     front = nb.page.locator('.js-plotly-plot').first
-    front.hover()
-    status = nb.wait('text=/paths; the figure holds still under the pointer/').inner_text()
+    box = front.bounding_box()
+    middle = box['x'] + box['width']/2, box['y'] + box['height']/2
+    nb.until_pointed(*middle, f"() => /paths; the figure holds still/.test({STATUS}[0])")
+    status = nb.page.evaluate(f'() => {STATUS}[0]')
     n_drawn = front.evaluate('g => g.data[0].x.length')
     for trace,i in ((0, 5), (1, 0)): # a path, and one that lies under the front
         name, x, y = front.evaluate(POINT, [trace, i])
@@ -267,8 +269,9 @@ def test_live_search(lab, notebook):
         front.locator('.hovertext', has_text=name).wait_for() # a person clicks on what the label names
         nb.page.mouse.click(x, y)
         chosen = [front.element_handle(), f'chosen: {name}']
-        nb.until('([g, name]) => g.data[2]?.name == name', arg=chosen)
-    nb.until(f"before => {STATUS}[0] != before", arg=status) # others are scored all the time
+        nb.until_pointed(x, y, '([g, name]) => g.data[2]?.name == name', arg=chosen)
+    # others are scored all the time
+    nb.until_pointed(x, y, f'before => {STATUS}[0] != before', arg=status)
     assert front.evaluate('g => g.data[0].x.length') == n_drawn
     nb.shot('held')
 
