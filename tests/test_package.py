@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,8 +20,8 @@ INI = ConfigParser(delimiters='=', interpolation=None)
 INI.read(ROOT/'settings.ini')
 SETTINGS = INI['DEFAULT']
 FILES = [p for p in (ROOT/'kshot').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-SOURCES = [p.relative_to(ROOT/'kshot') for p in FILES if p.suffix == '.py' and p.name[0] != '_']
-MODULES = sorted('.'.join(p.with_suffix('').parts) for p in SOURCES)
+SOURCES = sorted(p.relative_to(ROOT/'kshot') for p in FILES if p.suffix == '.py' and p.name[0] != '_')
+MODULES = ['.'.join(p.with_suffix('').parts) for p in SOURCES]
 SCRIPTS = dict(script.split('=') for script in SETTINGS['console_scripts'].split())
 REQUIREMENTS = SETTINGS['requirements'].split()
 # module -> packages that its import must not load
@@ -134,6 +135,12 @@ check_untyped_defs = True
 # a command takes `argv`, whatever the function takes that it wraps; traitlets has a metaclass
 COMMANDS = '|'.join(script.partition(':')[2] for script in SCRIPTS.values())
 KNOWN = [rf'kshot\.(cli|studies)\.\w+\.({COMMANDS})']
+# to stubtest an alias of a Literal is a Union
+ALIAS = re.compile(r'^(\w+) = Literal\[', re.M)
+for path,module in zip(SOURCES, MODULES):
+    text = (ROOT/'kshot'/path).read_text(encoding='utf-8')
+    KNOWN += [re.escape(f'kshot.{module}.{name}') for name in ALIAS.findall(text)]
+KNOWN += [r'kshot\.cli\.(bench|tables)\._\w+'] # their subcommands
 KNOWN += [r'kshot\.lab\.\w+\.(AccuracyExplorer|CodeExplorer|LivePanel|Panel|RankDashboard|Window)']
 
 @pytest.fixture(scope='session')

@@ -82,13 +82,24 @@ def stub_of_import(node:ast.Import|ast.ImportFrom) -> ast.Import|ast.ImportFrom:
         for alias in node.names: alias.asname = alias.asname or alias.name
     return node
 
+def is_computed_literal(value:ast.expr) -> bool:
+    "Return whether a value is a `Literal` of choices that only running the code can tell."
+    if not (isinstance(value, ast.Subscript) and last_name(value.value) == 'Literal'): return False
+    choices = value.slice.elts if isinstance(value.slice, ast.Tuple) else [value.slice]
+    return not all(isinstance(choice, ast.Constant) for choice in choices)
+
+def is_type(value:ast.expr) -> bool:
+    "Return whether a value is a type that a checker can read."
+    if not isinstance(value, ast.Subscript): return False
+    return last_name(value.value) in TYPES and not is_computed_literal(value)
+
 def stub_of_assignment(node:ast.Assign) -> list[ast.stmt]:
     "Return the declarations of the names that an assignment sets."
     value = node.value
     targets = [inner for target in node.targets for inner in elements(target)]
     names = [t.id for t in targets if isinstance(t, ast.Name)]
-    is_type = isinstance(value, ast.Subscript) and last_name(value.value) in TYPES
-    if names == ['__all__'] or is_type: return [node]
+    if names == ['__all__'] or is_type(value): return [node]
+    if is_computed_literal(value): return ast.parse('\n'.join(f'{name} = str' for name in names)).body
     made = value.elt if isinstance(value, ast.GeneratorExp) else value
     if last_name(made) == 'property':
         properties = '\n'.join(f'@property\ndef {name}(self): ...' for name in names)

@@ -127,7 +127,7 @@ class Notebook:
         self.page.wait_for_function(condition, arg=arg, timeout=timeout*1000)
 
     def until_pointed(self, x:float, y:float, condition:str, timeout:float=120, arg=None):
-        "Wait as `until` does, with a pointer that is never quite at rest: a live figure under it holds still."
+        "Wait as `until` does, and keep the pointer moving: a live figure under it holds still."
         end = time.monotonic() + timeout
         while not self.page.evaluate(condition, arg):
             if time.monotonic() > end: raise TimeoutError(condition)
