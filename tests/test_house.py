@@ -191,8 +191,7 @@ def test_rooms_are_not_long(room):
 # a word that is not used -> the one that is
 SYNONYMS = dict(arch='path', archs='paths', genotype='path', cand='op', cands='ops', flops='macs',
                 n_flops='macs', num_params='n_params', ckpt='checkpoint', filename='fname', filepath='fname',
-                cfg='config',
-                val_acc='acc_valid', test_acc='acc_alone')
+                cfg='config', val_acc='acc_valid', test_acc='acc_alone')
 # benchmarks in their own words; the architecture of a machine
 EXCEPTIONS = {'spaces': {'genotype'}, 'datasets.importers': {*SYNONYMS}, 'record': {'arch'}}
 
