@@ -1,5 +1,6 @@
 "Images as other programs write and read them, splits that hold across processes, the real CIFAR-10, a GPU"
-import gc, os, pickle
+import gc, os, pickle, struct
+from pathlib import Path as FilePath
 from unittest.mock import patch
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from kshot.data import TensorLoader, crop_and_flip, get_data, image_splits, mean_std, move
+from kshot.datasets.folder import Files, ImageFiles, folder_splits, list_split, read_image
 from kshot.datasets.images import IMAGE_SETS, find_images, load_images, read_images
 from processes import Fork, call
 
@@ -313,6 +316,96 @@ def test_workers_that_are_not_forked(photos):
     images = photo_loaders(photos, augment='strong').train.images
     assert torch.equal(pickle.loads(pickle.dumps(images))[5, 7][0], images[5, 7][0])
 
+def tiff(values, bits, signed=0, is_float=False, big_endian=False, white_is_zero=False):
+    "Return a gray TIFF of one strip, by hand: PIL does not write most of these types."
+    e = '>' if big_endian else '<'
+    if bits == 12: # two values in three bytes
+        a, b = values.reshape(-1, 2).T
+        data = np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8).tobytes()
+    else: data = values.astype(f'{e}{"f" if is_float else "ui"[signed]}{bits//8}').tobytes()
+    height, width = values.shape
+    kind = 3 if is_float else 1 + signed
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: not white_is_zero, 273: 8, 277: 1,
+            278: height, 279: len(data), 339: kind} # size, depth, no compression, gray, where the strip is
+    entries = [struct.pack(f'{e}HHII', tag, 4, 1, value) for tag,value in tags.items()]
+    head = (b'MM\0*' if big_endian else b'II*\0') + struct.pack(f'{e}I', 8 + len(data))
+    return head + data + struct.pack(f'{e}H', len(tags)) + b''.join(entries) + bytes(4)
+
+RANGES = { # bits, sign, float?, big-endian?, white is zero? -> largest value, value of white
+    '16': (dict(bits=16), 65535, 65536), '16 big': (dict(bits=16, big_endian=True), 65535, 65536),
+    '16 dark': (dict(bits=16), 300, 65536), '12': (dict(bits=12), 4095, 4096),
+    '16 negative': (dict(bits=16, white_is_zero=True), 65535, 65536),
+    'int16': (dict(bits=16, signed=1), 32767, 65536), 'int16 small': (dict(bits=16, signed=1), 255, 256),
+    'int16 big': (dict(bits=16, signed=1, big_endian=True), 32767, 65536),
+    'uint32': (dict(bits=32), 65535, 65536), 'uint32 small': (dict(bits=32), 255, 256),
+    'int32 big': (dict(bits=32, signed=1, big_endian=True), 65535, 65536),
+    'int32 small': (dict(bits=32, signed=1), 255, 256),
+    'share': (dict(bits=32, is_float=True), 1, 1),
+    'share big': (dict(bits=32, is_float=True, big_endian=True), 1, 1),
+    'share negative': (dict(bits=32, is_float=True, white_is_zero=True), 1, 1),
+    'float': (dict(bits=32, is_float=True), 255, 256)}
+
+@pytest.mark.parametrize('kind, top, size', RANGES.values(), ids=RANGES)
+def test_gray_tiffs_show_their_values(kind, top, size, tmp_path):
+    shares = np.random.default_rng(0).random((6, 8))
+    shares[0, :2] = 0, 1
+    values = shares*top if kind.get('is_float') else np.floor(shares*top).astype(int)
+    (tmp_path/'x.tif').write_bytes(tiff(values, **kind))
+    expected = values/size*256
+    if kind.get('white_is_zero'): expected = 255 - expected
+    seen = np.asarray(read_image(tmp_path/'x.tif')).astype(float)
+    assert seen.shape == (6, 8, 3) and np.abs(seen - expected[..., None]).max() <= 1
+
+UNREADABLE = { # a whole value of the type -> a picture of it has no known range
+    'int32': (dict(bits=32, signed=1), [0, 65536]), 'negative': (dict(bits=32, signed=1), [-1, 9]),
+    'negative int16': (dict(bits=16, signed=1), [-1, 9]), 'uint32': (dict(bits=32), [0, 2**32-1]),
+    'float': (dict(bits=32, is_float=True), [0, 256]), 'below': (dict(bits=32, is_float=True), [-.5, .5]),
+    'nan': (dict(bits=32, is_float=True), [0, np.nan]), 'inf': (dict(bits=32, is_float=True), [0, np.inf])}
+
+@pytest.mark.parametrize('kind, values', UNREADABLE.values(), ids=UNREADABLE)
+def test_gray_tiffs_without_a_range_count_as_broken(kind, values, tmp_path):
+    (tmp_path/'0.tif').write_bytes(tiff(np.array([values, values]), **kind))
+    with pytest.raises(ValueError, match='gray values .* expected 0-1 or 0-255'): read_image(tmp_path/'0.tif')
+    Image.new('L', (2, 2), 77).save(tmp_path/'1.png')
+    images = ImageFiles(Files(tmp_path, np.array([b'0.tif', b'1.png']), torch.tensor([0, 1])), 2)
+    x, y, index, n_skipped = images[0, 0]
+    assert (x == 77).all() and (y, index, n_skipped) == (1, 0, 1)
+
+def colors_of(mode, a): # `(h, w, bands)` -> what it shows in 8 bits a color
+    if mode == '1': return np.where(a[..., :1] > 127, 255, 0)
+    if mode in ('L', 'LA', 'RGB', 'RGBA'): return a[..., :3 if mode[0] == 'R' else 1]
+    return (255 - a[..., :3].astype(int))*(255 - a[..., 3:].astype(int))/255 # CMYK
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'RGB', 'RGBA', 'CMYK'])
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_modes_show_their_colors(mode, suffix, tmp_path):
+    if (mode, suffix) == ('CMYK', 'png'): pytest.skip('PNG has no such mode')
+    a = np.random.default_rng(0).integers(0, 256, (6, 8, 4), np.uint8)
+    bands = a[..., :len(Image.new(mode, (1, 1)).getbands())]
+    if mode == '1': img = Image.fromarray(bands[..., 0] > 127)
+    else: img = Image.frombytes(mode, (8, 6), bands.tobytes())
+    img.save(tmp_path/f'x.{suffix}')
+    seen = np.asarray(read_image(tmp_path/f'x.{suffix}')).astype(float)
+    assert np.abs(seen - colors_of(mode, bands)).max() <= 1
+
+def test_palettes_pages_and_wide_gray(tmp_path):
+    colors, fname = np.random.default_rng(0).integers(0, 256, (4, 3), np.uint8), tmp_path/'x.png'
+    indexes = Image.frombytes('P', (4, 4), bytes([*range(4)]*4))
+    indexes.putpalette(colors.tobytes())
+    for kwargs in {}, dict(transparency=b'\0\x80\xff\1'), dict(transparency=2):
+        indexes.save(fname, **kwargs)
+        assert (np.asarray(read_image(fname)) == colors[None]).all()
+    first, second = (Image.new('RGB', (4, 4), color) for color in ('red', 'blue'))
+    for suffix in 'tif', 'gif', 'webp', 'png':
+        kwargs = dict(lossless=True) if suffix == 'webp' else {}
+        first.save(tmp_path/f'pages.{suffix}', save_all=True, append_images=[second], **kwargs)
+        assert read_image(tmp_path/f'pages.{suffix}').getpixel((2, 2)) == (255, 0, 0)
+    wide = np.random.default_rng(0).integers(0, 65536, (4, 4), np.uint16)
+    for suffix in 'png', 'pgm', 'tif':
+        for top in wide, wide >> 8:
+            Image.fromarray(top).save(tmp_path/f'wide.{suffix}')
+            assert (np.asarray(read_image(tmp_path/f'wide.{suffix}'))[..., 0] == top >> 8).all()
+
 def test_nothing_readable(tmp_path):
     for above in 'train/a', 'train/b', 'val/a', 'val/b':
         (tmp_path/above).mkdir(parents=True)
@@ -338,6 +431,45 @@ def test_splits_hold_across_processes_and_copies(photos, tmp_path):
         copy.symlink_to(f)
     out, out_copy = (call(SPLIT, d)[1] for d in (photos, tmp_path))
     assert out == out_copy and len(out) == 65
+
+def grow(folder, rng, depth=0):
+    "Put images, other files, folders, broken links and links to folders elsewhere below a folder."
+    folder.mkdir(parents=True)
+    for i in range(rng.integers(0, 4)):
+        letter, suffix = rng.choice([*'aB-1é']), rng.choice(['png', 'JPG'])
+        (folder/f'{letter}{i}.{suffix}').touch()
+    for name in 'notes.txt', 'no_suffix': (folder/name).touch()
+    (folder/'broken.png').symlink_to('nowhere.png')
+    (folder/'broken').symlink_to('nowhere')
+    if depth == 3: return
+    for name in rng.permutation(['a', 'a-b', 'a b', 'x.png', 'B'])[:rng.integers(0, 4)]:
+        if rng.random() > .2: grow(folder/name, rng, depth+1)
+        else: (folder/name).symlink_to(folder.parents[depth+1]/'elsewhere')
+
+@pytest.mark.parametrize('seed', range(20))
+def test_nested_classes_are_those_of_torchvision(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    for name in 'x/1.png', 'x/y/2.png', '3.jpg':
+        (tmp_path/'elsewhere'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'elsewhere'/name).touch()
+    for c in 'b', 'a', 'a-c': grow(tmp_path/'train'/c, rng)
+    for c in 'b', 'a', 'a-c': (tmp_path/'train'/c/'0.png').touch()
+    (tmp_path/'train/linked').symlink_to('../elsewhere')
+    theirs = [sample for sample in ImageFolder(tmp_path/'train').samples if os.path.exists(sample[0])]
+    by_class = list_split(tmp_path, 'train')
+    ours = [(str(tmp_path/name.decode()), y) for y,names in enumerate(by_class.values()) for name in names]
+    assert ours == theirs and len(by_class) == 4
+
+@pytest.mark.parametrize('link', ['self', 'cat/self', 'cat/self.png'])
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_a_link_to_itself_ends_a_split_in_one_line(split, link, tmp_path):
+    for name in 'train', 'val':
+        (tmp_path/name/'cat').mkdir(parents=True)
+        for i in range(3): (tmp_path/name/f'cat/{i}.png').touch()
+    folder_splits(tmp_path, 1)
+    (tmp_path/split/link).symlink_to(FilePath(link).name)
+    with pytest.raises(ValueError, match=f"{split}/{link}' cannot be listed") as e: folder_splits(tmp_path, 1)
+    assert len(str(e.value).splitlines()) == 1
 
 @pytest.mark.cuda
 def test_files_on_the_gpu(photos):

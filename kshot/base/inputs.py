@@ -31,7 +31,7 @@ def n_rows(
 
 def map_tensors(
     f, # `f(tensor)`
-    x:Input,
+    x:Input, # of a network, or its output
 ) -> Input: # of the same structure
     "Apply a function to all tensors of an input."
     return pytree.tree_map_only(Tensor, f, x)
@@ -60,7 +60,7 @@ def join_rows(
 def example_input(
     x:Input|Sequence[int], # shape of one example, without the batch; or a batch of examples
     n:int=1,               # rows
-    device:torch.device|str='cpu',
+    device:torch.device|str='cpu', # of the batch
 ) -> Input:                # zeros in that shape, or the first example `n` times
     "Return a batch of n examples; `ValueError` for anything that is neither shape nor batch."
     if isinstance(x, Sequence) and all(isinstance(size, int) for size in x):

@@ -10,6 +10,7 @@ __all__ = ['SUFFIXES', 'FORMATS', 'IMAGENET_STATS', 'FILL_COLOR', 'Augment', 'AU
 # %% ../../nbs/datasets/30_folder.ipynb #e821ef2f
 import copy, os, time, warnings, weakref
 from collections.abc import Iterable, Iterator
+from errno import ELOOP
 from itertools import chain, islice
 from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -28,38 +30,59 @@ from ..base.files import n_cores
 class Files(NamedTuple):
     "Images of a split."
     folder:FilePath  # that the names are relative to
-    names:np.ndarray # `(N,)` bytes, as `train/cat/1.jpg`, sorted by class and name
+    names:np.ndarray # `(N,)` bytes, as `train/cat/1.jpg`, sorted by class, folder and name
     y:Tensor         # `(N,)` classes
 
 SUFFIXES = tuple(s.encode() for s in IMG_EXTENSIONS)
 
-def _is_image(entry:os.DirEntry) -> bool:
-    return entry.name[:1] != b'.' and entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+def _is_loop(folder:bytes) -> bool: # does it lead back to a folder above it?
+    return any(os.path.samefile(folder, above) for above in FilePath(os.fsdecode(folder)).parents)
 
-def _classes_in(root:FilePath) -> list[str]:
-    with os.scandir(root) as entries:
-        classes = [e.name for e in entries if e.name[0] != '.' and e.is_dir()]
-    if not classes: raise ValueError(f'folder {str(root)!r} has no folders, expected one per class')
-    return sorted(classes)
+def _list_folder(folder:bytes) -> tuple[list[bytes], list[bytes]]: # images, folders
+    images = []
+    folders = []
+    with os.scandir(folder) as entries:
+        for e in entries:
+            if e.name[:1] == b'.': continue
+            if e.name.lower().endswith(SUFFIXES) and e.is_file(): images.append(e.name)
+            elif not e.is_dir(): continue
+            elif e.is_symlink() and _is_loop(e.path): raise OSError(ELOOP, os.strerror(ELOOP), e.path)
+            else: folders.append(e.name)
+    return sorted(images), folders
+
+# %% ../../nbs/datasets/30_folder.ipynb #7dc0d76f
+def _images_below(root:bytes, folder:bytes) -> list[bytes]: # at any depth, relative to `root`
+    images = {}
+    waiting = [folder]
+    while waiting:
+        above = waiting.pop()
+        images[above], inner = _list_folder(os.path.join(root, above))
+        waiting += [os.path.join(above, name) for name in inner]
+    return [above + b'/' + name for above in sorted(images) for name in images[above]]
+
+def _list_classes(root:bytes, split:bytes) -> dict[str, list[bytes]]:
+    _, classes = _list_folder(os.path.join(root, split))
+    return {os.fsdecode(c): _images_below(root, os.path.join(split, c)) for c in sorted(classes)}
 
 def list_split(
     folder:FilePath, # that holds the splits
     split:str,       # name of the split's folder
 ) -> dict[str, list[bytes]]: # class -> sorted names, relative to `folder`
-    "List images by class; raise `ValueError` if the split is missing or a class has no image."
+    "List images by class; raise `ValueError` if a folder is missing or unreadable, or a class is empty."
     root = folder/split
     if not root.is_dir():
         raise ValueError(f'folder {str(folder)!r} has no {split}/, '
                          'expected train/ and val/, each with a folder per class')
-    out = {}
-    for name in _classes_in(root):
-        above = os.fsencode(f'{split}/{name}/')
-        with os.scandir(os.fsencode(root/name)) as entries:
-            out[name] = sorted(above + e.name for e in entries if _is_image(e))
-        if not out[name]:
-            raise ValueError(f'folder {str(root/name)!r} has no images, '
-                             f'expected files that end in {", ".join(IMG_EXTENSIONS)}')
-    return out
+    try: by_class = _list_classes(os.fsencode(folder), os.fsencode(split))
+    except OSError as e:
+        raise ValueError(f'{os.fsdecode(e.filename)!r} cannot be listed ({e.strerror}), '
+                         'expected images and folders') from e
+    if not by_class: raise ValueError(f'folder {str(root)!r} has no folders, expected one per class')
+    empty = [name for name,images in by_class.items() if not images]
+    if empty:
+        raise ValueError(f'folder {str(root/empty[0])!r} has no images, '
+                         f'expected files that end in {", ".join(IMG_EXTENSIONS)}')
+    return by_class
 
 # %% ../../nbs/datasets/30_folder.ipynb #b16f1504
 def _check_same_classes(train:dict, test:dict, folder:FilePath):
@@ -106,19 +129,32 @@ def folder_splits(
 # %% ../../nbs/datasets/30_folder.ipynb #ea1446b0
 FORMATS = 'JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM'
 
-def _upper_byte(img:Image.Image) -> Image.Image: # of 16 bits
-    return Image.fromarray((np.asarray(img).clip(0, 2**16-1) >> 8).astype(np.uint8))
+def _white(img:Image.Image, top:float) -> int: # value of white where `top` is the largest
+    if img.mode == 'F': return 1 if top <= 1 else 255
+    if img.format != 'TIFF': return 2**16 - 1
+    if img.mode == 'I' and top <= 255: return 255
+    return 2**min(img.tag_v2[BITSPERSAMPLE][0], 16) - 1
+
+def _gray(img:Image.Image) -> Image.Image: # of integers of 12 to 32 bits, or floats
+    values = np.asarray(img)
+    low, top = values.min(), values.max()
+    white = _white(img, top)
+    if not 0 <= low <= top <= white:
+        raise ValueError(f'gray values {low} to {top}, expected 0-1 or 0-255 as floats, 0-65535 as integers')
+    gray = (values*(255.999/white)).astype(np.uint8)
+    is_negative = img.format == 'TIFF' and img.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    return Image.fromarray(255 - gray if is_negative else gray)
 
 def read_image(
     fname:str|bytes|FilePath, # image file
 ) -> Image.Image:             # RGB
-    "Read an image; raise PIL's error if that fails, `ValueError` if a side is over 100 times the other."
+    "Read an image; raise PIL's error if that fails, `ValueError` for odd sides or values."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with Image.open(fname, formats=FORMATS) as img:
             if max(img.size) > 100*min(img.size):
                 raise ValueError(f'image {str(fname)!r} of {img.size} pixels, expected sides within 1:100')
-            if img.mode.startswith('I'): img = _upper_byte(img)
+            if img.mode[0] in 'IF': img = _gray(img)
             return img.convert('RGB')
 
 # %% ../../nbs/datasets/30_folder.ipynb #25dc25ca
