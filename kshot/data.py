@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Splits', 'DATA', 'TensorLoader', 'move', 'crop_and_flip', 'split_classes', 'balanced', 'shift_and_noise',
            'digits_splits', 'even', 'fastest_device', 'loaders', 'digits_data', 'mean_std', 'shrink', 'image_splits',
-           'image_data', 'imagenet_data', 'held', 'get_data']
+           'image_data', 'imagenet_data', 'held', 'as_pair', 'pairs', 'batch_size', 'get_data']
 
 # %% ../nbs/45_data.ipynb #81d1af31
 import copy, sys, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from inspect import signature
@@ -23,6 +23,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 from .base.distributed import World
+from .base.inputs import Input, map_tensors, n_rows, shapes_of, tensors_in
 from .datasets.folder import IMAGENET_STATS, Augment, FileLoader
 from .datasets.folder import check_batches, folder_splits, to_floats
 from .datasets.images import IMAGE_SETS, data_folder, read_images
@@ -37,8 +38,8 @@ class TensorLoader:
     "Batches of `(x, y)` tensors; usable as one of fastai's `DataLoaders`."
     n_inp = 1 # tensors of a batch that go into the network
     def __init__(self,
-        x:Tensor,          # `(N, C, H, W)` images: float, or uint8 to be converted to float
-        y:Tensor,          # `(N,)` classes
+        x:Input,           # `(N, ...)` tensor, or tuple or dict of them; uint8 `(N, C, H, W)` becomes float
+        y:Input,           # `(N, ...)` targets, likewise
         bs:int,            # batch size of all ranks
         augment:Callable[[Tensor, torch.Generator], Tensor]|None=None, # of a batch, before it becomes float
         shuffle:bool=False, # new order every epoch? Then all batches have one size
@@ -47,37 +48,56 @@ class TensorLoader:
         stats:tuple[Tensor, Tensor]|None=None, # mean, deviation `(C,)` of pixels 0-1, for uint8; None: (0, 1)
         shard:World=World(), # rank and number of ranks: this rank gets its rows of each batch
     ):
-        check_batches(len(x), bs, shuffle, shard)
-        if stats and x.dtype != torch.uint8:
-            raise ValueError(f'stats for {x.dtype} images, expected torch.uint8')
-        self.x = x.contiguous(memory_format=torch.channels_last)
-        self.y = y.long()
+        check_batches(_n_rows(x, y), bs, shuffle, shard)
+        is_bytes = isinstance(x, Tensor) and _is_bytes(x)
+        if stats and not is_bytes:
+            kind = getattr(x, 'dtype', type(x).__name__)
+            raise ValueError(f'stats for {kind} images, expected torch.uint8')
+        self.x = map_tensors(_stored, x)
+        self.y = map_tensors(_as_target, y)
         self.bs = bs
         self.augment = augment
         self.shuffle = shuffle
         self.passes = passes
         self.shard = shard
-        self.generator = torch.Generator(x.device).manual_seed(seed)
-        self.affine = to_floats(x, stats) if x.dtype == torch.uint8 else None
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.affine = to_floats(x, stats) if is_bytes else None
 
     @property
-    def x_shape(self) -> tuple[int, ...]: return tuple(self.x.shape[1:])
+    def x_shape(self) -> Input: return shapes_of(self.x)
     @property
-    def device(self) -> torch.device: return self.x.device
+    def device(self) -> torch.device: return tensors_in(self.x)[0].device
 
-    def to_detach(self, b:Tensor, cpu:bool=True, gather:bool=True) -> Tensor:
-        "Detach a tensor for fastai's metrics, without moving or gathering it."
-        return b.detach()
+    def to_detach(self, b:Input, cpu:bool=True, gather:bool=True) -> Input:
+        "Detach tensors for fastai's metrics, without moving or gathering them."
+        return map_tensors(Tensor.detach, b)
+
+# %% ../nbs/45_data.ipynb #a1c0de0d
+def _is_bytes(x:Tensor) -> bool: return x.dtype == torch.uint8 and x.ndim == 4
+
+def _stored(x:Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+
+def _as_target(y:Tensor) -> Tensor: return y if y.is_floating_point() else y.long()
+
+def _n_rows(x:Input, y:Input) -> int: # as many in all tensors
+    for name,o in dict(x=x, y=y).items():
+        if not tensors_in(o): raise TypeError(f'{name} is a {type(o).__name__}, expected tensors')
+    shapes = [tuple(t.shape) for t in tensors_in((x, y))]
+    counts = {shape[:1] for shape in shapes}
+    if len(counts) > 1 or () in counts:
+        raise ValueError(f'tensors of shapes {shapes}, expected as many rows in all of them')
+    return n_rows(x)
 
 # %% ../nbs/45_data.ipynb #cfb1e14d
 @patch
 def __len__(self:TensorLoader) -> int:
-    n = len(self.x)
+    n = n_rows(self.x)
     return self.passes*(n//self.bs if self.shuffle else -(-n//self.bs))
 
 @patch
-def __iter__(self:TensorLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    n = len(self.x)
+def __iter__(self:TensorLoader) -> Iterator[tuple[Input, Input]]:
+    n = n_rows(self.x)
     end = n - n%self.bs if self.shuffle else n
     rows = slice(self.shard[0], None, self.shard[1])
     for _ in range(self.passes):
@@ -85,13 +105,16 @@ def __iter__(self:TensorLoader) -> Iterator[tuple[Tensor, Tensor]]:
         if self.shuffle: order = torch.randperm(n, generator=self.generator, device=self.device)
         for i in range(0, end, self.bs):
             idx = slice(i, i+self.bs) if order is None else order[i:i+self.bs]
-            x = self.x[idx]
+            x = _take(self.x, idx)
             if self.augment is not None: x = self.augment(x, self.generator)
-            yield self._floats(x[rows]), self.y[idx][rows]
+            yield map_tensors(self._floats, _take(x, rows)), _take(_take(self.y, idx), rows)
+
+def _take(x:Input, rows:slice|Tensor) -> Input: return map_tensors(lambda t: t[rows], x)
 
 @patch
 def _floats(self:TensorLoader, x:Tensor) -> Tensor:
-    if self.affine is None: return x
+    if not _is_bytes(x): return x
+    if self.affine is None: return x.float()/255
     scale, shift = self.affine
     return torch.addcmul(shift, x.float(), scale)
 
@@ -101,12 +124,10 @@ def to(self:TensorLoader,
     device:torch.device, # of the images
 ) -> TensorLoader:       # itself
     "Move images to another device and restart the generator there."
-    x = self.x.to(device)
-    if x.device == self.x.device: return self # 'cuda' and 'cuda:0' are the same device
-    self.x = x
-    self.y = self.y.to(x.device)
-    if self.affine: self.affine = tuple(o.to(x.device) for o in self.affine)
-    self.generator = torch.Generator(x.device).manual_seed(self.generator.initial_seed())
+    before = self.device
+    self.x, self.y, self.affine = map_tensors(lambda t: t.to(device), (self.x, self.y, self.affine))
+    if self.device == before: return self # 'cuda' and 'cuda:0' are the same device
+    self.generator = torch.Generator(self.device).manual_seed(self.generator.initial_seed())
     return self
 
 @patch
@@ -114,14 +135,44 @@ def fixed(self:TensorLoader,
     n:int,      # batches
     seed:int=0, # of order and augmentation
     shard:World=World(), # rank and number of ranks: this rank gets every so many of the n whole batches
-) -> list[tuple[Tensor, Tensor]]: # of `(x, y)`
+) -> list[tuple[Input, Input]]: # of `(x, y)`
     "Return the same batches every time, leaving the loader's own generator alone."
     dl = copy.copy(self)
     dl.generator = torch.Generator(self.device).manual_seed(seed)
-    dl.passes = -(-n//(len(self.x)//self.bs))
+    dl.passes = -(-n//(n_rows(self.x)//self.bs))
     dl.shard = 0, 1
     rank, size = shard
     return list(islice(dl, rank, n, size))
+
+# %% ../nbs/45_data.ipynb #a1c0de06
+@patch(as_prop=True)
+def dataset(self:TensorLoader) -> TensorLoader:
+    "Return itself: fastai asks a loader's dataset for a copy without rows."
+    return self
+
+@patch
+def new(self:TensorLoader,
+    dataset:TensorLoader|None=None, # what to load; None: the same rows
+    shuffle:bool=False, # new order every epoch?
+    **kwargs, # further settings of fastai's loaders, without a meaning here
+) -> TensorLoader:
+    "Return a copy with a generator of its own."
+    dl = copy.copy(self if dataset is None else dataset)
+    dl.shuffle = shuffle
+    dl.generator = torch.Generator(dl.device).manual_seed(self.generator.initial_seed())
+    return dl
+
+@patch
+def new_empty(self:TensorLoader) -> TensorLoader:
+    "Return a copy without rows."
+    dl = copy.copy(self)
+    dl.x, dl.y = _take((self.x, self.y), slice(0))
+    return dl
+
+@patch
+def one_batch(self:TensorLoader) -> tuple[Input, Input]:
+    "Return the first batch, leaving the loader's own generator alone."
+    return self.fixed(1)[0]
 
 # %% ../nbs/45_data.ipynb #53b01253
 def move(
@@ -356,14 +407,16 @@ def imagenet_data(
 
 # %% ../nbs/45_data.ipynb #7646c947
 def held(
-    dl:TensorLoader|FileLoader, # of evaluation
+    dl:Iterable, # loader of evaluation
     most:float=2**30, # bytes that floats may take up
-) -> list[tuple[Tensor, Tensor]]|TensorLoader: # batches of `(x, y)`
+) -> Iterable:   # batches of `(x, y)`, or the loader itself
     "Return the batches of an evaluation loader, ready to go through many times."
+    if not isinstance(dl, (FileLoader, TensorLoader)): return dl
     if isinstance(dl, FileLoader):
         if not any(dl.order): return [] # more ranks than images
         dl = _read(dl)
-    return list(dl) if 4*dl.x.numel() <= most else dl
+    n_numbers = sum(x.numel() for x in tensors_in(dl.x))
+    return list(dl) if 4*n_numbers <= most else dl
 
 def _read(dl:FileLoader) -> TensorLoader:
     rank, size = dl.order.shard
@@ -382,6 +435,33 @@ def _read(dl:FileLoader) -> TensorLoader:
         names = ', '.join(dl.broken)
         print(f'{len(dl.broken)} images could not be read, others took their place: {names}', file=sys.stderr)
     return TensorLoader(x, y, min(n, -(-dl.bs//size)), stats=IMAGENET_STATS)
+
+# %% ../nbs/45_data.ipynb #a1c0de0a
+def as_pair(
+    batch:Sequence, # inputs, then targets
+    n_inp:int|None=None, # number of inputs; None: all but the last
+) -> tuple[Input, Input]: # `(x, y)`; several inputs or targets become a tuple
+    "Return a batch as its input and its target."
+    n = max(1, len(batch)-1) if n_inp is None else n_inp
+    xs, ys = tuple(batch[:n]), tuple(batch[n:])
+    return (xs[0] if len(xs) == 1 else xs), (ys[0] if len(ys) == 1 else ys)
+
+def pairs(
+    dl:Iterable, # a loader, or a list of batches
+    device:torch.device|None=None, # of the batches; None: where they are
+) -> Iterator[tuple[Input, Input]]:
+    "Yield each batch as its input and its target."
+    n_inp = getattr(dl, 'n_inp', None)
+    for batch in dl:
+        pair = as_pair(batch, n_inp)
+        yield pair if device is None else map_tensors(lambda t: t.to(device), pair)
+
+def batch_size(
+    dl:Iterable, # a loader
+) -> int|None:   # None: unknown
+    "Return the batch size of a loader of ours, of torch or of fastai."
+    bs = getattr(dl, 'bs', None)
+    return getattr(dl, 'batch_size', None) if bs is None else bs
 
 # %% ../nbs/45_data.ipynb #f4efef20
 DATA = {'digits': digits_data}
