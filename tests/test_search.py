@@ -1,11 +1,17 @@
 "Searches that share a storage between processes, that are killed, and storages that fail"
 import os
 import signal
+import sqlite3
 import time
 from collections import Counter
 from unittest.mock import patch
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from kshot.base.storage import lock_folder, open_study
 from kshot.search import Search, search
 from kshot.space import Block, Space
 from processes import Fork
@@ -228,3 +234,81 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path, text):
     log.write_bytes(text)
     with pytest.raises(ValueError, match='expected a journal file'): search(TOY, near, 9, storage=log)
     assert log.read_bytes() == text
+
+# studies of others
+
+def opened(storage):
+    return RDBStorage(storage) if '://' in storage else JournalStorage(JournalFileBackend(storage))
+
+def content(storage): # all that is in it
+    if '://' in storage: return [*sqlite3.connect(storage.removeprefix('sqlite:///')).iterdump()]
+    with open(storage, 'rb') as f: return f.read()
+
+def finish_two(study): study.optimize(lambda trial: trial.suggest_float('x', 0, 1), n_trials=2)
+
+ABOUT = dict(space='toy', blocks=[[f'b{l}', 'a', 'b', 'c'] for l in range(6)], tradeoff=None)
+FOREIGN = { # what makes a study somebody else's
+    'finished': finish_two, 'running': lambda study: study.ask(),
+    'waiting': lambda study: study.enqueue_trial({'x': 1}),
+    'attributes': lambda study: study.set_user_attr('owner', 'me'),
+    'about words': lambda study: study.set_user_attr('about', 'my nets'),
+    'about nothing': lambda study: study.set_user_attr('about', None),
+    'about less': lambda study: study.set_user_attr('about', dict(space='toy')),
+    'about more': lambda study: study.set_user_attr('about', ABOUT | dict(owner='me'))}
+
+@pytest.mark.parametrize('kind', FOREIGN)
+@pytest.mark.parametrize('storage', [JOURNAL, SQLITE])
+def test_a_study_of_somebody_else_stays_as_it_is(kind, storage, tmp_path):
+    storage = storage.format(tmp_path)
+    FOREIGN[kind](optuna.create_study(storage=opened(storage), study_name='search', direction='maximize'))
+    before = content(storage)
+    assert 'is about something else: it has' in error_of(storage)
+    assert content(storage) == before
+    other = Search(SPACE, storage=storage, name='other')
+    assert other.run(sum, 3).equals(Search(SPACE, storage=storage, name='other').frame())
+    assert len(search(SPACE, sum, 3, storage=f'{tmp_path}/new.log')) == 3
+
+@pytest.mark.parametrize('directions', [['minimize'], ['maximize']*2])
+def test_a_study_of_other_directions(directions, tmp_path):
+    storage = JOURNAL.format(tmp_path)
+    optuna.create_study(storage=opened(storage), study_name='search', directions=directions)
+    before = content(storage)
+    assert f"it has directions {directions}, expected ['maximize']" in error_of(storage)
+    assert content(storage) == before
+
+def test_a_line_that_somebody_else_is_writing(tmp_path):
+    "A torn last line is dropped before the first write, not before a study is refused."
+    storage = JOURNAL.format(tmp_path)
+    finish_two(optuna.create_study(storage=opened(storage), study_name='search'))
+    with open(storage, 'ab') as f: f.write(b'{"op_code":4,"wor')
+    before = content(storage)
+    assert 'is about something else' in error_of(storage)
+    assert content(storage) == before
+    assert len(search(SPACE, sum, 3, storage=storage, name='other')) == 3
+
+STEPS = 'optuna.create_study', 'optuna.Study.get_trials', 'optuna.Study.set_user_attr'
+
+@pytest.mark.parametrize('function', STEPS)
+@pytest.mark.parametrize('after', [False, True])
+@pytest.mark.parametrize('storage', [JOURNAL, SQLITE])
+def test_workers_that_open_a_new_study_at_the_same_moment(function, after, storage, tmp_path):
+    "Another worker opens it and scores a path just before or after each step of this one."
+    storage = storage.format(tmp_path)
+    args = storage, lock_folder(storage, None), 'one', ['maximize'], ABOUT
+    calls = []
+    owner, name = (optuna.Study if 'Study' in function else optuna), function.rpartition('.')[2]
+    real = getattr(owner, name)
+    def work():
+        calls.append(name)
+        if len(calls) > 1: return
+        study = open_study(*args)
+        study.tell(study.ask(), 1.)
+    def step(*args, **kwargs):
+        if not after: work()
+        out = real(*args, **kwargs)
+        if after: work()
+        return out
+    with patch.object(owner, name, step): study = open_study(*args)
+    assert calls and study.user_attrs == dict(about=ABOUT) and study.best_value == 1
+    study.tell(study.ask(), 2.)
+    assert len(open_study(*args).trials) == 2

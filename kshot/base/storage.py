@@ -18,15 +18,18 @@ from optuna.storages.journal import JournalFileBackend
 from .files import FileLock, LostProcess
 
 # %% ../../nbs/base/30_storage.ipynb #cf0b4881
-def _mend(
-    fname:FilePath, # journal, which may not exist
-):
-    "Cut a truncated last line off a journal; raise `ValueError` if the file is not a journal."
+def _check_journal(fname:FilePath):
+    "Raise `ValueError` if a file exists and is not a journal."
+    if not fname.exists(): return
+    expected = b'{"op_code":'
+    with open(fname, 'rb') as f: start = f.read(len(expected))
+    if start != expected[:len(start)]:
+        raise ValueError(f'it begins with {start!r}, expected a journal file of Optuna')
+
+def _mend(fname:FilePath):
+    "Cut a truncated last line off a journal, which may not exist."
     if not fname.exists(): return
     data = fname.read_bytes()
-    start = b'{"op_code":'
-    if data[:len(start)] != start[:len(data)]:
-        raise ValueError(f'it begins with {data[:12]!r}, expected a journal file of Optuna')
     end = data.rfind(b'\n') + 1
     if end < len(data): os.truncate(fname, end)
 
@@ -78,42 +81,67 @@ def lock_folder(
     return None if '://' in fname else FilePath(f'{fname}.locks')
 
 # %% ../../nbs/base/30_storage.ipynb #52f64402
+def _journal_lock(locks:FilePath|None): return FileLock(locks/'journal') if locks else nullcontext()
+
 def _open_storage(
     storage, # journal or URL
     locks:FilePath|None, # folder of the locks
 ):
-    "Return Optuna's storage, created if missing; one worker at a time."
-    lock = FileLock(locks/'journal') if locks else nullcontext()
+    "Return Optuna's storage, created if missing; nothing is written to one that exists."
+    lock = _journal_lock(locks)
     if '://' in str(storage):
         with lock: return RDBStorage(storage)
-    with lock: _mend(FilePath(storage))
+    with lock: _check_journal(FilePath(storage)) # the folder of the lock is made, too
     try: return JournalStorage(JournalFileBackend(str(storage), lock))
     except (ValueError, KeyError, AssertionError) as e:
         raise ValueError(f'{e!r}, expected a journal file of Optuna') from None
 
-def _load_or_create(storage, name:str, directions:list) -> optuna.Study:
-    try: return optuna.load_study(study_name=name, storage=storage) # reading writes nothing
-    except KeyError:
-        return optuna.create_study(storage=storage, study_name=name, directions=directions,
-                                   load_if_exists=True)
+def _find(opened, name:str) -> optuna.Study|None: # in Optuna's storage
+    try: return optuna.load_study(study_name=name, storage=opened) # `create_study` would write
+    except KeyError: return None
+
+# %% ../../nbs/base/30_storage.ipynb #52f64403
+def _difference(study:optuna.Study, directions:list, about:dict) -> str: # '': none
+    "Return in what a study differs from the one expected."
+    trials = study.get_trials(deepcopy=False) # before the attributes
+    attrs = study.user_attrs
+    if 'about' in attrs:
+        before = attrs['about']
+        if not isinstance(before, dict) or before.keys() != about.keys():
+            return f'about {before!r}, expected {about}'
+        differences = [f'{k} {before[k]}, expected {about[k]}' for k in about if before[k] != about[k]]
+        return differences[0] if differences else ''
+    if attrs: return f'attributes {[*attrs]}, expected a new study'
+    if trials: return f'{len(trials)} trials of somebody else, expected a new study'
+    seen = [d.name.lower() for d in study.directions]
+    return '' if seen == directions else f'directions {seen}, expected {directions}'
 
 # %% ../../nbs/base/30_storage.ipynb #cdbde0e7
 def open_study(
     storage,         # journal or URL; None: keep the study in memory
     locks:FilePath|None, # folder of the locks
     name:str,        # name of the study in the storage
-    directions:list, # of the objectives
+    directions:list, # of the objectives, 'maximize' or 'minimize'
     about:dict,      # what must be the same whenever the study is opened
 ) -> optuna.Study:   # new, or with its finished trials
     "Open a study; raise `ValueError` if its storage cannot be used or it is about something else."
     if storage is None: return optuna.create_study(storage=InMemoryStorage(), directions=directions)
+    def mend():
+        if '://' in str(storage): return
+        with _journal_lock(locks): _mend(FilePath(storage))
     with storage_errors(storage):
-        study = _load_or_create(_open_storage(storage, locks), name, directions)
-        before = study.user_attrs.get('about')
-        if before is None: study.set_user_attr('about', about)
-    for k,value in (before or {}).items():
-        if value != about[k]:
-            raise ValueError(f'study {name!r} in {_shown(storage)} has {k} {value}, expected {about[k]}')
+        opened = _open_storage(storage, locks)
+        study = _find(opened, name)
+        if study is None:
+            mend()
+            study = optuna.create_study(storage=opened, study_name=name, directions=directions,
+                                        load_if_exists=True)
+        difference = _difference(study, directions, about)
+        if not difference:
+            mend()
+            if 'about' not in study.user_attrs: study.set_user_attr('about', about)
+    if difference:
+        raise ValueError(f'study {name!r} in {_shown(storage)} is about something else: it has {difference}')
     return study
 
 # %% ../../nbs/base/30_storage.ipynb #efb834dc
