@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Readers', 'Counts', 'BENCHMARKS', 'Training', 'Benchmark', 'register', 'is_spelling', 'load_benchmark',
-           'get_benchmark', 'get_space', 'check_sharing', 'get_net', 'read_source', 'find_source']
+           'get_benchmark', 'get_space', 'check_sharing', 'get_net', 'read_source', 'find_source', 'channels_last']
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a04
 import re, sys
@@ -19,7 +19,10 @@ from inspect import signature
 from pathlib import Path as FilePath
 from typing import Any
 import pandas as pd
+import torch
+from fastcore.basics import patch
 from torch import nn
+from .base.inputs import Input, tensors_in
 from .datasets.importers import (import_latency, import_macro, import_macro_parquet,
                                       import_nb101, import_nb101_parquet, import_nb201,
                                       import_nb201_parquet, import_nds)
@@ -50,10 +53,25 @@ Counts = Mapping[str, Callable[[Path], int]]
 
 def _test_split() -> dict[str, Any]: return dict(split='test')
 
+def _is_shape(o:Any) -> bool:
+    return isinstance(o, Sequence) and len(o) > 0 and all(isinstance(n, int) and n > 0 for n in o)
+
 def _needed(make:Callable) -> list[str]: # required arguments, without `n_classes`
     params = signature(make).parameters.values()
     bare = [p for p in params if p.default is p.empty and p.name != 'n_classes']
     return [p.name for p in bare if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+def _check_parts(benchmark):
+    name = f'benchmark {benchmark.name!r}'
+    x_shape = benchmark.x_shape
+    if not tensors_in(x_shape) and not _is_shape(x_shape):
+        expected = 'a shape such as (C, H, W), or a batch of examples'
+        raise ValueError(f'{name}: x_shape {x_shape!r}, expected {expected}')
+    for part,f in dict(loss_func=benchmark.loss_func, metric=benchmark.metric).items():
+        if f is not None and not callable(f) and not hasattr(f, 'accumulate'):
+            raise ValueError(f'{name}: {part} {f!r}, expected a function of (out, y)')
+    needed = _needed(benchmark.net)
+    if needed: raise ValueError(f'{name}: its network needs {needed[0]}, expected a default')
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a08
 @dataclass(frozen=True, eq=False)
@@ -62,7 +80,7 @@ class Benchmark:
     name:str              # one word; files are named after it
     space:Space           # its paths
     net:Callable[..., nn.Module] # makes the network; takes some of the arguments of `get_net`
-    x_shape:tuple[int, int, int] # one image, `(C, H, W)`
+    x_shape:Input|tuple[int, ...] # of one example, such as `(C, H, W)`; or a batch of examples
     recipe:Training|None=None # how its supernets are trained; None: the user says it
     data:Callable|None=None # its own loaders, as `kshot.data.digits_data`; None: the recipe names a data set
     sharing:tuple[str, ...]=() # heuristics of weight sharing that its network can have
@@ -75,18 +93,15 @@ class Benchmark:
     latencies:Readers = field(default_factory=dict) # usual name of a file of latencies -> its reader
     counts:Counts = field(default_factory=dict) # baselines besides MACs and parameters, by name
     n_kept:int=10         # best paths that a search keeps, in a study
+    loss_func:Callable|None=None # `loss_func(out, y)`, a mean over the batch; None: cross-entropy of classes
+    metric:Any=None       # `metric(out, y)`, more is better, or one of fastai's `Metric`; None: accuracy
 
     def __post_init__(self):
         if not re.fullmatch(r'[\w-]+', self.name):
             raise ValueError(f'benchmark name {self.name!r}, expected letters, digits, _ and -')
         if not isinstance(self.space, Space):
             raise ValueError(f'benchmark {self.name!r}: space {self.space!r}, expected a Space')
-        if len(self.x_shape) != 3:
-            raise ValueError(f'benchmark {self.name!r}: x_shape {self.x_shape}, expected (C, H, W)')
-        needed = _needed(self.net)
-        if needed:
-            network = f'benchmark {self.name!r}: its network needs {needed[0]}'
-            raise ValueError(f'{network}, expected a default')
+        _check_parts(self)
 
     @property
     def has_cells(self) -> bool:
@@ -99,6 +114,22 @@ class Benchmark:
         "Return a size of the network as it is in the benchmark."
         param = signature(self.net).parameters.get(size)
         return param.default if param else 0
+
+# %% ../nbs/16_benchmark.ipynb #5b1e0a34
+@patch(as_prop=True)
+def is_of_images(self:Benchmark) -> bool:
+    "Return whether an example is an image, `(C, H, W)`."
+    return _is_shape(self.x_shape) and len(self.x_shape) == 3
+
+@patch(as_prop=True)
+def scoring(self:Benchmark) -> dict[str, Any]:
+    "Return the loss and the metric by which paths are scored, as `score_path` takes them."
+    return dict(loss_func=self.loss_func, metric=self.metric)
+
+@patch(as_prop=True)
+def measure(self:Benchmark) -> str:
+    "Return what names of scores begin with: 'acc', or 'metric' if it has one of its own."
+    return 'acc' if self.metric is None else 'metric'
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a0a
 BENCHMARKS:dict[str, Benchmark] = {} # by name
@@ -337,3 +368,12 @@ def find_source(
         sources = sorted(FilePath(folder).glob(pattern))
         if sources: return sources[0]
     return None
+
+# %% ../nbs/16_benchmark.ipynb #5b1e0a32
+def channels_last(
+    net:nn.Module, # changed in place
+) -> nn.Module:    # the same
+    "Lay out the kernels of 2-D convolutions like images."
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): m.to(memory_format=torch.channels_last)
+    return net

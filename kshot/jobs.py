@@ -17,7 +17,9 @@ from .data import held # before fastai: it silences a warning of fastai's import
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .base.distributed import agree, distributed, gather, is_first
 from .base.files import locked
-from .config import Config, alone, cost_of, net_args, parts, space_of
+from .base.inputs import shapes_of, tensors_in
+from .benchmark import Benchmark, channels_last, get_benchmark
+from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
 from .evaluate import accuracy_loss, score_path
 from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
@@ -125,14 +127,15 @@ class Budget:
         return {name: most for name,most in limits.items() if most}
 
 # %% ../nbs/88_jobs.ipynb #dfdcee46
-def _scorer(learn:Learner, n_calibration:int) -> Callable[[Path], tuple[float, float]]:
-    "Return the function that gives a path's accuracy and loss on the validation split."
+def _scorer(learn:Learner, n_calibration:int, benchmark:Benchmark) -> Callable[[Path], tuple]:
+    "Return the function that gives a path's accuracy, or metric, and loss on the validation split."
     batches = learn.dls.train.fixed(n_calibration) if n_calibration else None
     valid = held(learn.dls.valid)
     codes = learn.k_shot.codes
     @torch.no_grad()
     def score(path:Path) -> tuple[float, float]:
-        return score_path(learn.model, path, codes([path])[0], valid, batches)
+        code, = codes([path])
+        return score_path(learn.model, path, code, valid, batches, **benchmark.scoring)
     return score
 
 def _search_name(algorithm, budget:Budget, seed, n_calibration, learn:Learner) -> str:
@@ -166,7 +169,8 @@ def search_run(
         raise ValueError(f'{values}, expected at least 1 and 0')
     config, learn = load_run(folder)
     space = space_of(config)
-    score = _scorer(learn, n_calibration)
+    benchmark = get_benchmark(config.space)
+    score = _scorer(learn, n_calibration, benchmark)
     costs = _costs(config, learn, budget)
     name = _search_name(algorithm, budget, seed, n_calibration, learn)
     storage = storage or folder/'search.journal'
@@ -184,9 +188,10 @@ def search_run(
         elif is_first():
             write_parquet(frame, folder/'search.parquet')
             best = frame.path[0]
-            acc, loss = score(space.parse(best))
-            result = dict(path=best, acc_super=acc, loss_super=loss, n=len(frame),
-                          algorithm=algorithm, budgets=limits, device=budget.device or None)
+            value, loss = score(space.parse(best))
+            scores = {f'{benchmark.measure}_super': value, 'loss_super': loss}
+            result = dict(path=best, **scores, n=len(frame), algorithm=algorithm,
+                          budgets=limits, device=budget.device or None)
             result |= {cost: frame[cost][0].item() for cost in costs}
             add_result(folder, 'search', result, started)
         agree('written', 'the end')()
@@ -203,15 +208,19 @@ def _about_subnet(config:Config, result:dict, path:Path, dls) -> dict: # what `s
     about = net_args(config, dls.c)
     space = space_of(config)
     about = dict(space=about.pop('name'), **about, native=space.native(path))
-    return about | dict(x_shape=dls.train.x_shape) | result | dict(path=path)
+    return about | dict(x_shape=shapes_of(example_of(config, dls))) | result | dict(path=path)
 
 # %% ../nbs/88_jobs.ipynb #ac3191ef
 def _half_precision(config:Config, dls) -> list: # callbacks
     is_wanted = config.bf16 and dls.device.type == 'cuda'
     return [MixedPrecision(amp_mode=AMPMode.BF16)] if is_wanted else []
 
-def _accuracies(module:nn.Module, dls) -> list[float]: # on the validation and the test split
-    return [accuracy_loss(module, loader, is_sharded=True)[0] for loader in list(dls)[1:]]
+def _scores_alone(module:nn.Module, dls, benchmark:Benchmark) -> dict[str, float]:
+    scores = {}
+    for name,loader in zip(('valid', 'alone'), list(dls)[1:]): # alone: on the test split
+        value, _ = accuracy_loss(module, loader, is_sharded=True, **benchmark.scoring)
+        scores[f'{benchmark.measure}_{name}'] = value
+    return scores
 
 # %% ../nbs/88_jobs.ipynb #6d11e10b
 def retrain_run(
@@ -222,7 +231,7 @@ def retrain_run(
     bs:int=0,            # images in a batch, over all processes; 0: the recipe's, or the run's
     seed:int=0,          # of weights, order and augmentation
     progress:bool=False, # report every epoch?
-) -> dict:               # path, costs, acc_valid and acc_alone (test) 0-1
+) -> dict:               # path, costs, acc_valid and acc_alone (test) 0-1, or metric_valid, metric_alone
     "Train one path alone and save it; raise `ValueError` if there is no path to train."
     started = time.monotonic()
     folder = FilePath(folder)
@@ -234,7 +243,8 @@ def retrain_run(
         bs = settings.bs or bs or config.bs
         config = replace(config, passes=1, bs=bs)
         space, net, dls = parts(config, seed, shard, settings.augment)
-        module = subnet(net, path).to(memory_format=torch.channels_last)
+        benchmark = get_benchmark(config.space)
+        module = channels_last(subnet(net, path))
         bs = dls.train.bs
         epochs = settings.epochs
         name = space.format(path)
@@ -243,10 +253,10 @@ def retrain_run(
             show = progress and is_first()
             cbs = _half_precision(config, dls)
             _, ema = retrain(module, dls, settings, own, True, seed, show, cbs)
-        acc_valid, acc_alone = _accuracies(ema or module, dls)
-        result = dict(path=name, acc_valid=acc_valid, acc_alone=acc_alone, recipe=recipe,
-                      epochs=epochs, bs=bs, seed=seed)
-        costs = measure_module(module, dls.train.x_shape, str(dls.device)) if is_first() else None
+        scores = _scores_alone(ema or module, dls, benchmark)
+        result = dict(path=name, **scores, recipe=recipe, epochs=epochs, bs=bs, seed=seed)
+        example = example_of(config, dls)
+        costs = measure_module(module, example, str(dls.device)) if is_first() else None
         result |= gather(costs)[0]
         if is_first():
             about = _about_subnet(config, result, path, dls)
@@ -265,6 +275,7 @@ def export_run(
     folder = FilePath(folder)
     module, about = load_subnet(folder)
     writers = {'pt2': to_torch_export} | ({'onnx': to_onnx} if onnx else {})
-    x_shape = tuple(about['x_shape'])
-    for suffix,write in writers.items(): write(module, x_shape, folder/f'subnet.{suffix}')
+    x_shape = get_benchmark(about['space']).x_shape
+    example = x_shape if tensors_in(x_shape) else tuple(about['x_shape'])
+    for suffix,write in writers.items(): write(module, example, folder/f'subnet.{suffix}')
     return [folder/f'subnet.{suffix}' for suffix in ('safetensors', 'json', *writers)]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Reading', 'ranks', 'kendall_tau', 'spearman', 'sparse_kendall_tau', 'true_top', 'top_tau', 'top_k_regret',
            'precision_at_k', 'surpass_random', 'search_performance', 'bootstrap_ci', 'seed_ceiling', 'metrics',
-           'protocol', 'scorers_of', 'align_scores', 'rank_scores', 'over_seeds']
+           'protocol', 'measure_of', 'scorers_of', 'align_scores', 'rank_scores', 'over_seeds']
 
 # %% ../nbs/60_rank.ipynb #960f093d
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 import numpy as np
 import pandas as pd
@@ -252,6 +252,13 @@ def protocol(
     return pd.DataFrame(rows)
 
 # %% ../nbs/60_rank.ipynb #0aead5ce
+def measure_of(
+    names:Iterable[str], # columns of a frame of scores, or keys of a record
+) -> str:                # 'acc', or 'metric' for a metric of the user's
+    "Return what the names of scores begin with, as in acc_super and metric_super."
+    is_metric = {'metric_super', 'metric_valid', 'metric_alone'} & set(names)
+    return 'metric' if is_metric else 'acc'
+
 def scorers_of(
     runs:dict[str, pd.DataFrame], # name -> scores of the same paths; loss_super, macs, n_params if known
 ) -> tuple[dict, dict]:           # scorers and baselines of `protocol`: name -> `(N,)` numbers
@@ -259,7 +266,7 @@ def scorers_of(
     scorers = {}
     counts = {}
     for name,scores in runs.items():
-        scorers[name] = scores.acc_super.to_numpy(float)
+        scorers[name] = scores[f'{measure_of(scores)}_super'].to_numpy(float)
         if 'loss_super' in scores:
             scorers[f'{name}_loss'] = -scores.loss_super.to_numpy(float)
         for column,baseline in (('macs', 'macs'), ('n_params', 'params')):
@@ -270,13 +277,14 @@ def scorers_of(
 # %% ../nbs/60_rank.ipynb #83e24579
 def _finite_scores(scores:pd.DataFrame, name:str) -> pd.DataFrame: # index path
     "Return the rows of a run whose scores are numbers; `ValueError` without columns."
-    missing = [c for c in ('path', 'acc_super') if c not in scores]
+    score = f'{measure_of(scores)}_super'
+    missing = [c for c in ('path', score) if c not in scores]
     if missing: raise ValueError(f'no column {missing[0]!r} in the scores of {name!r}')
     if scores.path.duplicated().any():
         twice = f'scores of {name!r} have a path several times'
         raise ValueError(f'{twice}, expected a frame per run: name -> frame')
     scores = scores.set_index('path', drop=False).rename_axis(index=None)
-    columns = [c for c in ('acc_super', 'loss_super') if c in scores]
+    columns = [c for c in (score, 'loss_super') if c in scores]
     numbers = scores[columns].apply(pd.to_numeric, errors='coerce')
     return scores.assign(**numbers)[np.isfinite(numbers.to_numpy(float)).all(1)]
 
@@ -293,7 +301,7 @@ def _common_truth(runs:dict, truth:pd.DataFrame) -> pd.Series: # index path
 def align_scores(
     scores:pd.DataFrame|Mapping, # as in `scorers_of`, with a column path; or name -> frame of several runs
     truth:pd.DataFrame,          # index path, a column per seed, as `kshot.tables.get_truth` returns
-) -> tuple[dict, pd.DataFrame, list]: # name -> scores with acc_alone, their truth, paths left out
+) -> tuple[dict, pd.DataFrame, list]: # name -> scores with acc_alone (or metric_alone), truth, paths left out
     "Keep paths that all have, in one order; `ValueError` if none, `TypeError` unless frames."
     runs = dict(scores) if isinstance(scores, Mapping) else dict(supernet=scores)
     for frame in (*runs.values(), truth):
@@ -304,7 +312,8 @@ def align_scores(
     known = _common_truth(finite, truth)
     aligned = {}
     for name,frame in finite.items():
-        aligned[name] = frame.loc[known.index].assign(acc_alone=known)
+        truth_of = {f'{measure_of(frame)}_alone': known}
+        aligned[name] = frame.loc[known.index].assign(**truth_of)
     paths = dict.fromkeys(pd.concat([frame.path for frame in runs.values()]))
     left_out = [path for path in paths if path not in known.index]
     return aligned, truth.loc[known.index], left_out

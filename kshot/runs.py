@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from .base.distributed import World, agree, distributed, is_first
 from .checkpoint import CheckpointCallback, check_tensors, checkpoints, load_model, load_newest, plain_errors
+from .benchmark import get_benchmark
 from .config import Config, cost_of, make_codes, make_learner, space_of
 from .evaluate import score_paths
 from .record import add_result, check_free, environment, has_run, lock_run
@@ -140,7 +141,7 @@ def score_run(
     n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     bf16:bool=False,     # score in bfloat16?
     progress:bool=False, # show a bar?
-) -> pd.DataFrame:       # path, acc_super, loss_super, macs, n_params, K, seed
+) -> pd.DataFrame:       # path, acc_super (or metric_super), loss_super, macs, n_params, K, seed
     "Score paths of a trained run; raise `ValueError` if it has scores made in another way."
     if n_calibration < 0:
         raise ValueError(f'n_calibration={n_calibration}, expected at least 0')
@@ -203,7 +204,8 @@ def _score(self:_Scoring, left:list, progress:bool):
     for i in show(range(0, len(left), 500)):
         chunk = left[i:i+500]
         scores = score_paths(learn.model, learn.k_shot.codes, self.space, chunk, valid, batches,
-                             self.settings['bf16'], self.shard.size > 1)
+                             self.settings['bf16'], self.shard.size > 1,
+                             **get_benchmark(self.config.space).scoring)
         macs, n_params = cost(chunk).T
         about = dict(macs=macs, n_params=n_params, K=self.config.K, seed=self.config.seed)
         self._add(scores.assign(**about))

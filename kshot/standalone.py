@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
 from .base.files import append_log, locked, n_cores, read_log, to_json, write_file
-from .benchmark import get_benchmark, get_net
+from .benchmark import channels_last, get_benchmark, get_net
 from .cost import Cost
 from .data import get_data
 from .evaluate import accuracy_loss
@@ -40,7 +40,7 @@ def train_path(
     net = get_net(name)
     dls = get_data(benchmark.data or name, seed=seed)
     ops = benchmark.space.parse(path)
-    module = subnet(net, ops).to(memory_format=torch.channels_last)
+    module = channels_last(subnet(net, ops))
     train_alone(module, dls, epochs)
     module.eval()
     macs, n_params = Cost(net, benchmark.x_shape)([ops])[0].tolist()
@@ -48,7 +48,7 @@ def train_path(
                n_params=n_params)
     rows = []
     for split,loader in zip(('valid', 'test'), list(dls)[1:]):
-        acc, loss = accuracy_loss(module, loader)
+        acc, loss = accuracy_loss(module, loader, **benchmark.scoring)
         rows.append(row | dict(split=split, acc=acc, loss=loss))
     return rows
 
@@ -108,5 +108,8 @@ def make_table(
         _train_paths(jobs, log, n_workers)
         rows = pd.DataFrame(read_log(log)).assign(n_runs=1)
         wanted = rows.query('epochs == @epochs and seed < @seeds and path in @paths')
-        source = f'trained alone by kshot, {epochs} epochs'
-        return write_table(wanted, folder/f'{benchmark.name}.parquet', name, source)
+        is_accuracy = benchmark.metric is None
+        measured = '' if is_accuracy else '; column acc holds the metric of the benchmark'
+        source = f'trained alone by kshot, {epochs} epochs{measured}'
+        fname = folder/f'{benchmark.name}.parquet'
+        return write_table(wanted, fname, name, source, is_accuracy=is_accuracy)

@@ -144,9 +144,10 @@ def write_table(
     space:str,            # name of the benchmark of the paths
     source:str='',        # where the numbers come from
     name:str|None=None,   # of the table; None: the file's
+    is_accuracy:bool=True, # is acc one, of 0 to 1? Otherwise it is any number
 ) -> Table:
     "Write a table; `ValueError` if two rows describe one training, or for an accuracy outside 0-1."
-    frame = as_rows(**{column: frame[column] for column in frame})
+    frame = as_rows(is_accuracy, **{column: frame[column] for column in frame})
     groups = _row_groups(frame)
     schema = _schema(frame, dict(space=space, source=source, groups=[info for info,_ in groups]))
     if fname is None:

@@ -28,12 +28,14 @@ COLUMNS = ['path', 'dataset', 'split', 'epochs', 'seed', 'n_runs', 'acc', 'loss'
            'n_params']
 
 def as_rows(
+    is_accuracy:bool=True, # must acc be 0 to 1?
+    /,
     **columns, # values by column, or one for all rows; other columns are kept
 ) -> pd.DataFrame: # `COLUMNS` and others; NaN where nothing was given
     "Make rows of a table; raise `ValueError` for an accuracy outside 0 to 1."
     frame = pd.DataFrame(dict.fromkeys(COLUMNS, np.nan) | dict(seed=0) | columns)
     outside = frame.acc[(frame.acc < 0) | (frame.acc > 1)]
-    if len(outside): raise ValueError(f'accuracy {outside.iloc[0]:g}, expected 0 to 1')
+    if is_accuracy and len(outside): raise ValueError(f'accuracy {outside.iloc[0]:g}, expected 0 to 1')
     return frame
 
 def _reason(error:Exception) -> str: # in one line
