@@ -9,61 +9,97 @@ __all__ = ['latency_ms', 'measure_module', 'build_subnet', 'save_subnet', 'load_
 import copy
 import io
 import json
+import re
 import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path as FilePath
 from statistics import median
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 from .base.files import to_json, write_file, write_json
+from .base.inputs import Input, describe_input, example_input, input_like, map_tensors, tensors_in
 from .benchmark import get_net
 from .checkpoint import check_tensors, load_tensors, save_tensors
 from .networks import block_sizes, check_path, count_params, op_modules, subnet
 
-# %% ../nbs/68_export.ipynb #f8137522
+# %% ../nbs/68_export.ipynb #4e1ed141
 def _copy_to(module:nn.Module, device:str) -> nn.Module: # in evaluation mode
     try: return copy.deepcopy(module).eval().to(device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device {device!r} cannot be used: {str(e).splitlines()[0]}') from e
 
+@contextmanager
+def _one_line(
+    task:str, # what is done with a module
+    x:Input|Sequence[int], # its input
+) -> Iterator[None]:
+    "Turn any error into a one-line `ValueError`, and drop warnings."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    except Exception as e:
+        cause = e
+        while cause.__cause__: cause = cause.__cause__
+        paragraph = ' '.join(str(cause).strip().partition('\n\n')[0].split())
+        reason = f'{type(cause).__name__}: {paragraph[:300]}'
+        hint = '' if tensors_in(x) else '; a shape stands for floats, an example batch for anything else'
+        raise ValueError(f'{task} failed for x = {describe_input(x)}: {reason}{hint}') from e
+
+# %% ../nbs/68_export.ipynb #f8137522
+def _batch_of(x:Input|Sequence[int], n:int, device:str) -> Input:
+    "Return the first example n times, or random ones of a shape; images in channels_last."
+    batch = example_input(x, n)
+    if not tensors_in(x): batch = torch.rand(batch.shape, generator=torch.Generator().manual_seed(0))
+    def move(t):
+        layout = torch.channels_last if t.ndim == 4 else torch.preserve_format
+        return t.to(device, memory_format=layout)
+    return map_tensors(move, batch)
+
+def _wait_for(device:str):
+    if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
+
 @torch.inference_mode()
 def latency_ms(
     module:nn.Module, # `forward(x)`; copied
-    x_shape:tuple[int, ...], # one image, `(C, H, W)`
+    x:Input|Sequence[int], # shape of one example, `(C, H, W)` for an image, or a batch
     device:str='cpu', # where to time it
-    bs:int=1,         # images per forward pass
+    bs:int=1,         # examples per forward pass
     rounds:int=30,    # timed forward passes, after a third as many that are not timed
 ) -> float:           # milliseconds per forward pass
-    "Return the median time of a forward pass; `ValueError` if the device cannot be used."
+    "Return the median time of a forward pass; `ValueError` if the device or the module fails."
     if rounds < 1: raise ValueError(f'rounds={rounds}, expected at least 1')
     module = _copy_to(module, device)
-    x = torch.rand(bs, *x_shape, generator=torch.Generator().manual_seed(0))
-    x = x.to(device, memory_format=torch.channels_last)
-    def wait():
-        if x.is_cuda: torch.cuda.synchronize(x.device)
+    batch = _batch_of(x, bs, device)
     seconds = []
-    for _ in range(rounds + -(-rounds//3)):
-        wait()
-        start = time.perf_counter()
-        module(x)
-        wait()
-        seconds.append(time.perf_counter()-start)
+    with _one_line('a forward pass', x):
+        for _ in range(rounds + -(-rounds//3)):
+            _wait_for(device)
+            start = time.perf_counter()
+            module(batch)
+            _wait_for(device)
+            seconds.append(time.perf_counter()-start)
     return 1000*median(seconds[-rounds:])
 
 # %% ../nbs/68_export.ipynb #dd2e4651
 def measure_module(
     module:nn.Module, # `forward(x)`
-    x_shape:tuple[int, ...], # one image, `(C, H, W)`
+    x:Input|Sequence[int], # shape of one example, `(C, H, W)` for an image, or a batch
     device:str='cpu', # where to measure the latency
-    bs:int=1,         # images per forward pass there
+    bs:int=1,         # examples per forward pass there
 ) -> dict:            # macs, n_params, latency_ms, latency_device, latency_threads, latency_bs
     "Return what a plain module costs; `ValueError` as in `latency_ms`."
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _copy_to(module, 'meta')(torch.empty(1, *x_shape, device='meta'))
+    counter = FlopCounterMode(display=False)
+    with _one_line('counting', x), counter, torch.device('meta'), torch.no_grad():
+        _copy_to(module, 'meta')(example_input(x, device='meta'))
     is_cuda = torch.device(device).type == 'cuda'
     return dict(macs=counter.get_total_flops()//2, n_params=count_params(module),
-                latency_ms=latency_ms(module, x_shape, device, bs),
+                latency_ms=latency_ms(module, x, device, bs),
                 latency_device=torch.cuda.get_device_name(device) if is_cuda else device,
                 latency_threads=torch.get_num_threads(), latency_bs=bs)
 
@@ -78,12 +114,12 @@ def _network_of(about:dict) -> dict: # what a network is built from, as JSON has
 
 def build_subnet(
     about:dict, # space, path and the arguments of `get_net`
-) -> fx.GraphModule: # on the meta device: shapes without weights
+) -> nn.Module: # on the CPU, with new weights; draws no random numbers of the process
     "Return the module that a subnet's JSON describes; `ValueError` if it describes none."
     network = _network_of(about)
     name, *sizes, path = [tuple(v) if isinstance(v, list) else v for v in network.values()]
     try:
-        with torch.device('meta'): net = get_net(name, *sizes)
+        with torch.random.fork_rng(devices=[]), torch.device('cpu'): net = get_net(name, *sizes)
         check_path(path, block_sizes(net, op_modules(net)))
     except TypeError as e: raise ValueError(f'subnet {network} cannot be built: {e}') from e
     return subnet(net, path)
@@ -96,14 +132,15 @@ def _is_channels_last(weights:dict[str, Tensor]) -> bool:
 def save_subnet(
     folder:FilePath,  # of the subnet
     module:nn.Module, # what `kshot.networks.subnet` returned, trained
-    about:dict,       # space, path, the arguments of `get_net`; further keys are kept
+    about:dict,       # space, path, the arguments of `get_net`; x_shape: what it reads; any others
     ema:nn.Module|None=None, # average of its weights, to save instead of them
 ) -> dict:            # content of `subnet.json`
     "Write a subnet's two files; `ValueError`, and no file, if `about` describes another."
-    weights = (module if ema is None else ema).state_dict()
+    weights = {name: t.clone() for name,t in (module if ema is None else ema).state_dict().items()}
     check_tensors(weights, build_subnet(about).state_dict())
     kind = 'last' if ema is None else 'ema'
     about = {**about, 'weights': kind, 'channels_last': _is_channels_last(weights)}
+    if 'x_shape' in about: about['x_shape'] = describe_input(about['x_shape'])
     to_json(about) # refuses what JSON cannot hold before anything is written
     save_tensors(FilePath(folder)/'subnet.safetensors', weights, _network_of(about))
     write_json(FilePath(folder)/'subnet.json', about)
@@ -111,7 +148,7 @@ def save_subnet(
 
 def load_subnet(
     folder:FilePath, # where `save_subnet` wrote
-) -> tuple[fx.GraphModule, dict]: # module in evaluation mode on the CPU, content of `subnet.json`
+) -> tuple[nn.Module, dict]: # in evaluation mode on the CPU; content of `subnet.json`
     "Return a subnet that needs no supernet; `ValueError` if there is none or its files disagree."
     folder = FilePath(folder)
     try: about = dict(json.loads((folder/'subnet.json').read_text()))
@@ -124,35 +161,53 @@ def load_subnet(
                          f'expected {expected} as in subnet.json')
     module = build_subnet(about)
     check_tensors(weights, module.state_dict())
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(weights)
+    if 'x_shape' in about: about['x_shape'] = input_like(about['x_shape'])
     if about.get('channels_last'): module.to(memory_format=torch.channels_last)
     return module.eval(), about
 
 # %% ../nbs/68_export.ipynb #000bd3c3
-def _example(x_shape:tuple[int, ...]) -> dict: # of the arguments that both exporters take
+def _program(module:nn.Module, x:Input|Sequence[int]) -> tuple: # of torch.export; what is dynamic
+    module = _copy_to(module, 'cpu')
+    example = example_input(x, 2)
     batch = torch.export.Dim('batch', min=1)
-    return dict(args=(torch.zeros(2, *x_shape),), dynamic_shapes=({0: batch},))
+    sizes = (map_tensors(lambda _: {0: batch}, example),)
+    with _one_line('torch.export', x):
+        return torch.export.export(module, (example,), dynamic_shapes=sizes), sizes
 
 def to_torch_export(
     module:nn.Module, # `forward(x)`
-    x_shape:tuple[int, ...], # one image, `(C, H, W)`
+    x:Input|Sequence[int], # shape of one example, `(C, H, W)` for an image, or a batch
     fname:FilePath,   # `.pt2`
 ):
     "Write a module for `torch.export.load(fname).module()`; `ValueError` if that fails."
+    program, _ = _program(module, x)
     file = io.BytesIO()
-    torch.export.save(torch.export.export(_copy_to(module, 'cpu'), **_example(x_shape)), file)
+    with _one_line('torch.export', x): torch.export.save(program, file)
     write_file(fname, file.getvalue())
+
+# %% ../nbs/68_export.ipynb #000bd3c4
+def _names(x:Input, n_outputs:int) -> dict: # of what goes into an ONNX program and comes out
+    paths = [path for path,leaf in pytree.tree_flatten_with_path(x)[0] if isinstance(leaf, Tensor)]
+    inputs = ['_'.join(['x', *re.findall(r'\w+', pytree.keystr(path))]) for path in paths]
+    outputs = ['logits'] if n_outputs == 1 else [f'output_{i}' for i in range(n_outputs)]
+    return dict(input_names=inputs, output_names=outputs)
 
 def to_onnx(
     module:nn.Module, # `forward(x)`
-    x_shape:tuple[int, ...], # one image, `(C, H, W)`
+    x:Input|Sequence[int], # shape of one example, `(C, H, W)` for an image, or a batch
     fname:FilePath,   # `.onnx`
 ):
     "Write a module as ONNX, from 'x' to 'logits'; `ValueError` without its packages or on failure."
     try: import onnx, onnxscript
     except ImportError as e:
         raise ValueError(f'ONNX needs the package {e.name!r}: pip install onnx onnxscript') from e
-    names = dict(input_names=['x'], output_names=['logits'])
-    program = torch.onnx.export(_copy_to(module, 'cpu'), **_example(x_shape), **names,
-                                dynamo=True, verbose=False)
-    write_file(fname, program.model_proto.SerializeToString())
+    program, sizes = _program(module, x)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    with _one_line('ONNX', x):
+        in_products = torch.export.default_decompositions()[attention]
+        program = program.run_decompositions({attention: in_products})
+        names = _names(example_input(x), len(program.graph_signature.user_outputs))
+        written = torch.onnx.export(program, dynamic_shapes=sizes, **names, dynamo=True, verbose=False)
+        data = written.model_proto.SerializeToString()
+    write_file(fname, data)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,24 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from kshot.base.distributed import world
-from kshot.benchmark import BENCHMARKS, get_net, get_space
+from kshot.base.inputs import example_input, map_tensors, tensors_in
+from kshot.benchmark import BENCHMARKS, Benchmark, get_net, get_space, register
 from kshot.data import digits_data, digits_splits
 from kshot.evaluate import accuracy_loss
-from kshot.export import load_subnet, save_subnet, to_onnx, to_torch_export
+from kshot.export import latency_ms, load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
 from kshot.networks import subnet
 from kshot.retrain import get_recipe, retrain
+from kshot.space import Block, Space
 from kshot.supernet import Supernet
 from processes import call_ranks
 
 PATH = 2, 3, 1, 2
 BATCH_SIZES = 1, 2, 7
+WORDS = dict(ids=torch.arange(12).view(2, 6)%9, mask=torch.rand(2, 6))
 RUN_WITHOUT_KSHOT = '''
 import importlib.abc, sys
 class Forbid(importlib.abc.MetaPathFinder):
@@ -210,6 +216,54 @@ def test_subnet_with_widths(width_per, tmp_path):
     with pytest.raises(ValueError, match='for tensor|width'):
         save_subnet(tmp_path, module, about | dict(path=other))
 
+class Words(nn.Module):
+    "Much that own networks have: tied and frozen weights, buffers in no file, numbers computed from tensors"
+    def __init__(self, channels=8):
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, .1, 2)]
+        self.embedding = nn.Embedding(9, channels)
+        self.embedding.requires_grad_(False)
+        self.register_buffer('places', torch.arange(6.)[:, None], persistent=False)
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Identity(), nn.Linear(channels, channels)])])
+        self.head = nn.Linear(channels, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x, path):
+        h = self.embedding(x['ids']) + self.places*self.rates[1]
+        return self.head(self.blocks[0][path[0]](h)*x['mask'][..., None])
+
+@pytest.fixture
+def words():
+    "A benchmark of one's own"
+    space = Space('words', (Block('a', ('skip', 'linear')),))
+    yield register(Benchmark('words', space, Words, WORDS))
+    del BENCHMARKS['words']
+
+def test_subnet_of_an_own_network(words, tmp_path):
+    x = WORDS
+    torch.manual_seed(0)
+    module = subnet(Words(8), (1,)).eval()
+    about = describe((1,), space='words', channels=8, x_shape=x)
+    state = torch.get_rng_state()
+    save_subnet(tmp_path, module, about)
+    loaded, content = load_subnet(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(loaded(x), module(x))
+    n_trained = 8*8 + 8
+    assert sum(p.numel() for p in loaded.parameters()) == n_trained + 9*8 # the head has none of its own
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in module.parameters()]
+    in_file = json.loads((tmp_path/'subnet.json').read_text())['x_shape']
+    assert in_file == dict(ids='int64[6]', mask='float32[6]')
+    costs = measure_module(loaded, content['x_shape'])
+    assert [costs['macs'], costs['n_params']] == [6*8*8 + 6*8*9, n_trained]
+    to_torch_export(loaded, content['x_shape'], tmp_path/'subnet.pt2')
+    check_same_values(torch.export.load(tmp_path/'subnet.pt2').module()(x), module(x))
+
+def test_weights_of_a_network_with_other_names(words, tmp_path):
+    with pytest.raises(ValueError, match='for tensor .*, expected'):
+        save_subnet(tmp_path, digits_subnet(), describe((1,), space='words', channels=8))
+    assert not [*tmp_path.iterdir()]
+
 # files that need no kshot
 
 def test_torch_export_runs_without_kshot(trained, tmp_path):
@@ -236,6 +290,152 @@ def test_onnx(trained, tmp_path):
     def run(x): return torch.tensor(session.run(['logits'], {'x': x.numpy()})[0])
     for n in BATCH_SIZES: assert (run(x[:n])-out[:n]).abs().max() <= 1e-4*out.abs().max()
     assert (run(x).argmax(1) == y).sum() == (out.argmax(1) == y).sum()
+
+class Reads(nn.Module):
+    "Call a function of an input and modules by name."
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name,module in modules.items(): self.add_module(name, module)
+
+    def forward(self, x): return self.function(self, x)
+
+def attend(self, x): # (N, L, C), three dimensions
+    q, k, v = self.qkv(x).chunk(3, -1)
+    return x + F.scaled_dot_product_attention(q, k, v)
+
+def attend_in_heads(self, x): # (N, L, C) -> (N, heads, L, C/heads)
+    q, k, v = [t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+def attend_on_pixels(self, x): # (N, C, H, W)
+    rows = x.flatten(2).mT
+    return x + attend(self, rows).mT.reshape(x.shape)
+
+def read_words(self, x): return self.head(self.embedding(x['ids'])*x['mask'][..., None])
+def read_pair(self, x): return self.a(x[0]) + self.b(x[1]).mean((2, 3))
+def read_nested(self, x): return x['more'][0].sum(1) + x['more'][1]['z'].float()
+def give_two(self, x): return self.a(x), x.mean(1)
+def give_more(self, x): return dict(out=self.a(x), aux=[x.sum(1), x*2])
+def last_state(self, x): return self.rnn(x)[0][:, -1]
+def pad(self, x): return torch.cat([x, torch.zeros(x.size(0), 1)], 1)
+def look_at_shape(self, x):
+    if x.ndim != 2: raise TypeError('rows only')
+    return x.view(x.shape[0], 2, -1).mean(2)
+
+QKV = partial(nn.Linear, 8, 24)
+NESTED = dict(more=(torch.rand(2, 3), dict(z=torch.arange(2))))
+INPUTS = { # what reads it, an input of two examples or the shape of one, its names and those of the outputs
+    'rows': (lambda: nn.Linear(5, 4), (5,), 'x', 'logits'),
+    'sequences': (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)), (3, 9), 'x', 'logits'),
+    'images': (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout()), (3, 8, 8),
+               'x', 'logits'),
+    'volumes': (lambda: nn.Conv3d(2, 4, 3), (2, 5, 5, 5), 'x', 'logits'),
+    'tokens': (lambda: nn.EmbeddingBag(9, 4), torch.arange(10).view(2, 5)%9, 'x', 'logits'),
+    'bytes': (lambda: Reads(lambda self, x: self.a(x/255), a=nn.Linear(5, 4)),
+              torch.arange(10, dtype=torch.uint8).view(2, 5), 'x', 'logits'),
+    'dict': (lambda: Reads(read_words, embedding=nn.Embedding(9, 8), head=nn.Linear(8, 4)), WORDS,
+             'x_ids x_mask', 'logits'),
+    'pair': (lambda: Reads(read_pair, a=nn.Linear(5, 4), b=nn.Conv2d(3, 4, 3)),
+             (torch.rand(2, 5), torch.rand(2, 3, 8, 8)), 'x_0 x_1', 'logits'),
+    'nested': (lambda: Reads(read_nested), NESTED, 'x_more_0 x_more_1_z', 'logits'),
+    'two outputs': (lambda: Reads(give_two, a=nn.Linear(5, 4)), (5,), 'x', 'output_0 output_1'),
+    'nested outputs': (lambda: Reads(give_more, a=nn.Linear(5, 4)), (5,), 'x', 'output_0 output_1 output_2'),
+    'attention': (lambda: Reads(attend, qkv=QKV()), (5, 8), 'x', 'logits'),
+    'heads': (lambda: Reads(attend_in_heads, qkv=QKV()), (5, 8), 'x', 'logits'),
+    'pixels': (lambda: Reads(attend_on_pixels, qkv=QKV()), (8, 3, 3), 'x', 'logits'),
+    'layer': (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (5, 8), 'x', 'logits'),
+    'gru': (lambda: Reads(last_state, rnn=nn.GRU(8, 4, batch_first=True)), (5, 8), 'x', 'logits'),
+    'lstm': (lambda: Reads(last_state, rnn=nn.LSTM(8, 4, batch_first=True)), (5, 8), 'x', 'logits'),
+    'size': (lambda: Reads(pad), (5,), 'x', 'logits'),
+    'shape': (lambda: Reads(look_at_shape), (6,), 'x', 'logits')}
+each_input = pytest.mark.parametrize('make, x, inputs, outputs', INPUTS.values(), ids=INPUTS)
+
+def batches_like(x): # of several sizes, no two examples equal
+    generator = torch.Generator().manual_seed(0)
+    def draw(t, n):
+        if t.is_floating_point(): return torch.rand(n, *t.shape[1:], generator=generator)
+        return torch.randint(9, (n, *t.shape[1:]), generator=generator).to(t.dtype)
+    return [map_tensors(partial(draw, n=n), example_input(x)) for n in BATCH_SIZES]
+
+def check_same_values(outs, expected):
+    for a,b in zip(tensors_in(outs), tensors_in(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+@each_input
+def test_torch_export_of_any_input(make, x, inputs, outputs, tmp_path):
+    module = make()
+    to_torch_export(module, x, tmp_path/'module.pt2')
+    module.eval()
+    program = torch.export.load(tmp_path/'module.pt2').module()
+    for batch in batches_like(x): check_same_values(program(batch), module(batch))
+
+@each_input
+def test_onnx_of_any_input(make, x, inputs, outputs, tmp_path, capfd):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    module = make()
+    to_onnx(module, x, tmp_path/'module.onnx')
+    assert not capfd.readouterr().out
+    module.eval()
+    session = onnxruntime.InferenceSession(tmp_path/'module.onnx', providers=['CPUExecutionProvider'])
+    assert [i.name for i in session.get_inputs()] == inputs.split()
+    assert [o.name for o in session.get_outputs()] == outputs.split()
+    for batch in batches_like(x):
+        arrays = {name: t.numpy() for name,t in zip(inputs.split(), tensors_in(batch))}
+        check_same_values([*map(torch.tensor, session.run(None, arrays))], module(batch))
+
+@each_input
+def test_latency_and_macs_of_any_input(make, x, inputs, outputs):
+    module = make().eval()
+    costs = measure_module(module, x, bs=3)
+    with FlopCounterMode(display=False) as counter: module(example_input(x))
+    macs = counter.get_total_flops()//2
+    if isinstance(getattr(module, 'rnn', None), nn.LSTM): # one op on a CPU, which is not counted
+        macs = 5*4*4*(8+4) # steps, gates, sizes of the state and of both that it is made of
+    assert costs['macs'] == macs
+    assert costs['n_params'] == sum(p.numel() for p in module.parameters()) and costs['latency_ms'] > 0
+
+# what fails
+
+def branch(self, x): return x if x.sum() > 0 else -x
+def fix_batch(self, x): return x.view(2, -1)
+def fail(self, x): raise KeyError('no such block\nand more')
+def use_numpy(self, x): return torch.from_numpy(x.numpy()*2)
+
+BOTH = { # a module that no graph can hold, its input, what the error says
+    'data': (lambda: Reads(branch), (5,), 'Could not guard on data-dependent expression'),
+    'batch': (lambda: Reads(fix_batch), (5,), r'specialized it to be a constant \(2\)'),
+    'error': (lambda: Reads(fail), (5,), "KeyError: 'no such block"),
+    'numpy': (lambda: Reads(use_numpy), (5,), 'failed for x = '),
+    'tokens': (lambda: nn.Embedding(9, 4), (5,), 'to have one of the following scalar types: Long, Int'),
+    'size': (lambda: nn.Linear(5, 4), (6,), 'failed for x = '),
+    'one of two': (lambda: Reads(read_pair, a=nn.Linear(5, 4), b=nn.Conv2d(3, 4, 3)), (5,),
+                   'failed for x = ')}
+ONNX_ONLY = {
+    'inverse': (lambda: Reads(lambda self, x: torch.linalg.qr(x)[0]), (4, 4), 'ONNX failed for x = .*qr')}
+
+def check_refusal(write, module, x, message, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as e: write(module, x, tmp_path/'module')
+    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 500
+    assert not capfd.readouterr().out and not [*tmp_path.iterdir()]
+
+@pytest.mark.parametrize('make, x, message', BOTH.values(), ids=BOTH)
+def test_what_torch_cannot_export_is_one_line(make, x, message, tmp_path, capfd, monkeypatch):
+    check_refusal(to_torch_export, make(), x, message, tmp_path, capfd, monkeypatch)
+
+@pytest.mark.parametrize('make, x, message', (BOTH | ONNX_ONLY).values(), ids=BOTH | ONNX_ONLY)
+def test_what_onnx_cannot_hold_is_one_line(make, x, message, tmp_path, capfd, monkeypatch):
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    check_refusal(to_onnx, make(), x, message, tmp_path, capfd, monkeypatch)
+
+@pytest.mark.parametrize('write', [to_torch_export, to_onnx, latency_ms])
+def test_no_example_is_one_line(write, tmp_path):
+    args = [] if write is latency_ms else [tmp_path/'module']
+    for x in 'image', (3, 'a'), None, {}, (2.5, 3):
+        with pytest.raises(ValueError, match='expected a shape or a batch'): write(nn.ReLU(), x, *args)
+    assert not [*tmp_path.iterdir()]
 
 def test_export_is_imported_without_onnx():
     hide = 'sys.modules.update(onnx=None, onnxscript=None, onnxruntime=None)'
