@@ -36,7 +36,7 @@ def map_tensors(
     x:Input, # of a network, or its output
 ) -> Input: # of the same structure
     "Apply a function to all tensors of an input."
-    return pytree.tree_map_only(Tensor, f, x)
+    return f(x) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, f, x)
 
 # %% ../../nbs/base/50_inputs.ipynb #50b1e009
 def split_rows(
