@@ -22,19 +22,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from .base.distributed import average_, mean, world
 from .base.inputs import Input, map_tensors, n_rows, tensors_in
+from .data import pairs
 from .networks import check_path
 from .space import Path, Space
 from .supernet import Supernet, fresh_stats
 
 # %% ../nbs/58_evaluate.ipynb #5c0e0001
 Batches = Iterable[tuple[Input, Any]] # of `(x, y)`
-
-def _pairs(batches:Batches, device:torch.device|None=None) -> Iterator[tuple[Input, Any]]:
-    "Yield x and y of each batch, several inputs as a tuple, on a device."
-    for batch in batches:
-        n = getattr(batches, 'n_inp', len(batch)-1)
-        x, y = [part[0] if len(part) == 1 else tuple(part) for part in (batch[:n], batch[n:])]
-        yield map_tensors(lambda t: t.to(device), (x, y)) if device else (x, y)
 
 def _is_of_classes(out:Input, y:Any) -> bool: # are these the shapes of logits and their targets?
     if not isinstance(out, Tensor) or not isinstance(y, Tensor) or out.ndim < 2: return False
@@ -136,7 +130,7 @@ def accuracy_loss(
     "Return metric and loss over all batches; `ValueError` without one, or if targets don't fit."
     metric = _own_metric(metric, is_sharded)
     totals = _Totals(loss_func, metric)
-    for x,y in _pairs(batches): totals.add(x, _in_full(forward(x)), y)
+    for x,y in pairs(batches): totals.add(x, _in_full(forward(x)), y)
     sums = totals.sums()
     if is_sharded: sums = mean(sums)
     value, n_metric, loss, n_loss, n_wrong = sums
@@ -253,7 +247,7 @@ def recalibrate_bn(
     for name in counters: stats[name] = stats[name].cpu()
     norms = _norms_of(supernet, stats)
     device = next(supernet.parameters()).device
-    xs = [x for x,_ in _pairs(batches, device)]
+    xs = [x for x,_ in pairs(batches, device)]
     _check_any(len(xs), is_sharded)
     def run(x): return supernet.run_with(x, path, weights, stats)
     with evaluating(supernet):
@@ -289,7 +283,7 @@ def score_path(
     if calibration is not None:
         stats = recalibrate_bn(supernet, path, weights, calibration, is_sharded)
     def forward(x): return supernet.run_with(x, path, weights, stats)
-    on_device = _pairs(batches, next(supernet.parameters()).device)
+    on_device = pairs(batches, next(supernet.parameters()).device)
     with evaluating(supernet):
         return accuracy_loss(forward, on_device, is_sharded, loss_func, metric)
 
@@ -357,7 +351,7 @@ def score_chain(
     if calibration is None: stats = {}
     scores = {}
     device = next(supernet.parameters()).device
-    batches = [*_pairs(batches, device)]
+    batches = [*pairs(batches, device)]
     def advance(name, calibration, inputs):
         return _advance(supernet, name, weights, stats, calibration, inputs)
     def walk(paths, l, calibration, inputs): # `paths` are the same up to block l
@@ -367,7 +361,7 @@ def score_chain(
             return
         for o,group in groupby(paths, key=lambda p: p[l]):
             walk(list(group), l+1, *advance(f'blocks.{l}.{o}', calibration, inputs))
-    calibrating = calibration and [x for x,_ in _pairs(calibration, device)]
+    calibrating = calibration and [x for x,_ in pairs(calibration, device)]
     with evaluating(supernet):
         walk(sorted(set(paths)), 0, *advance('stem', calibrating, [x for x,_ in batches]))
     return scores

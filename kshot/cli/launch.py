@@ -20,9 +20,10 @@ from ..config import Config
 from ..base.distributed import is_first, world
 from ..base.files import StopSignal, Unwritable
 from .report import make_report
+from ..figures.look import word_of
 from .tables import tables, text_of
 from ..jobs import Budget, by_scorer, export_run, rank_run, rank_seeds, retrain_run, search_run
-from ..rank import rank_scores
+from ..rank import measure_of, rank_scores
 from ..record import check_free, environment, read_run, write_run
 from ..retrain import RecipeName
 from ..runs import ensure_trained, score_run, train_run
@@ -46,7 +47,9 @@ def set_threads(
     config:Mapping, # of a run; only `space` and `px` matter
 ):
     "Use one thread for images so small that several are slower, unless `OMP_NUM_THREADS` is set."
-    px = config.get('px') or get_benchmark(config.get('space', 'digits')).x_shape[-1]
+    benchmark = get_benchmark(config.get('space', 'digits'))
+    if not benchmark.is_of_images: return
+    px = config.get('px') or benchmark.x_shape[-1]
     if px <= 16 and 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(1)
 
 # %% ../../nbs/cli/30_launch.ipynb #ce35d4b7
@@ -104,7 +107,9 @@ def train(
     _report(folder)
     result = read_run(folder)['results']['train']
     text = f'epoch {result["epoch"]}, loss {result["loss"]:.3f}'
-    return result, f'{folder}: {text}, accuracy of up to 16 paths {result["acc_valid"]:.3f}'
+    measure = measure_of(result)
+    score = f'{word_of(measure)} of up to 16 paths {result[f"{measure}_valid"]:.3f}'
+    return result, f'{folder}: {text}, {score}'
 
 # %% ../../nbs/cli/30_launch.ipynb #4d95c450
 @dataclass(frozen=True)
@@ -189,7 +194,8 @@ def search(
     _report(folder)
     best = read_run(folder)['results']['search']
     costs = f'{best["macs"]:,} MACs, {best["n_params"]:,} parameters'
-    text = f'{best["path"]}: supernet accuracy {best["acc_super"]:.3f}, {costs}'
+    score = f'{measure_of(best)}_super'
+    text = f'{best["path"]}: {word_of(score)} {best[score]:.3f}, {costs}'
     return best, f'{text} ({best["n"]} paths scored)'
 
 # %% ../../nbs/cli/30_launch.ipynb #7f941d3d
@@ -210,8 +216,9 @@ def retrain(
     folder = run_folder(runs, name)
     set_threads(read_run(folder)['config'])
     result = retrain_run(folder, path or None, recipe, epochs, bs, seed, progress=True)
-    text = f'{result["path"]} alone: {result["acc_alone"]:.3f} on the test split'
-    return result, f'{text}, {result["acc_valid"]:.3f} on the validation split'
+    measure = measure_of(result)
+    text = f'{result["path"]} alone: {result[f"{measure}_alone"]:.3f} on the test split'
+    return result, f'{text}, {result[f"{measure}_valid"]:.3f} on the validation split'
 
 @command(alone=True, examples={
     '--name first': 'a torch.export file',

@@ -14,9 +14,9 @@ import torch
 from .. import figures
 from ..base.files import read_log
 from ..config import Config, space_of
-from ..figures.look import label_of
+from ..figures.look import label_of, word_of
 from ..figures.page import write_report
-from ..rank import align_scores, rank_scores
+from ..rank import align_scores, measure_of, rank_scores
 from ..record import read_run
 from ..runs import load_codes
 from ..space import Path, Space
@@ -30,10 +30,13 @@ def _read(folder:FilePath, name:str) -> pd.DataFrame|None: # a Parquet file, if 
     return pd.read_parquet(fname) if fname.exists() else None
 
 # %% ../../nbs/cli/20_report.ipynb #ca890911
-_RANK_TEXT = ('Supernet accuracy (validation) against stand-alone accuracy '
+_RANK_TEXT = ('Supernet {what} (validation) against stand-alone {what} '
               '({truth}; mean of its seeds). '
               'Intervals: 95 % bootstrap over paths. '
               'Regret, precision and search use the n = 10 best scores.')
+
+def _word(names) -> str: # for scores in a frame or a record
+    return word_of(measure_of(names))
 
 def _scores(runs:Runs) -> dict[str, pd.DataFrame]: # of the runs that were scored
     frames = {name: _read(folder, 'scores') for name,folder in runs.items()}
@@ -49,7 +52,9 @@ def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
     named = [frame.assign(name=name) for name,frame in scores.items()]
     all_scores = pd.concat(named, ignore_index=True)
     terms = [f'{key} {value}' for key,value in question.items() if value is not None]
-    text = _RANK_TEXT.format(truth=', '.join(terms))
+    word = _word(all_scores)
+    heading = 'Accuracies' if word == 'accuracy' else 'Metric'
+    text = _RANK_TEXT.format(what=word, truth=', '.join(terms))
     if left_out:
         text += f' {len(left_out):,} paths that a run or the table has no number for are left out.'
     taus = by_scorer[['tau', 'low', 'high']].to_dict('index')
@@ -57,7 +62,7 @@ def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
     scatter = figures.plot_rank(all_scores, taus=taus, by='name')
     bars = figures.plot_protocol(by_scorer, names)
     return [('Ranking', text, scatter, bars, protocol.round(3)),
-            ('Accuracies', figures.plot_accuracy(all_scores, by='name'))]
+            (heading, figures.plot_accuracy(all_scores, by='name'))]
 
 # %% ../../nbs/cli/20_report.ipynb #465f3f98
 def _paths_to_draw(space:Space, scores:pd.DataFrame|None) -> list[Path]:
@@ -72,19 +77,22 @@ def _codes_sections(folder:FilePath) -> list[tuple]:
     scores = _read(folder, 'scores')
     paths = _paths_to_draw(space, scores)
     with torch.no_grad(): codes = module(paths).numpy()
-    color = None if scores is None else scores.acc_super.to_numpy()
+    color = word = None
+    if scores is not None:
+        color = scores[f'{measure_of(scores)}_super'].to_numpy()
+        word = f'supernet {_word(scores)}'
     text = (f'Each of the {len(paths)} paths mixes {config.K} supernets; '
             f'a code of 1/{config.K} everywhere is the center of the simplex.')
     labels = [space.format(path) for path in paths]
-    simplex = figures.plot_codes(codes, labels, color=color, color_name='supernet accuracy')
+    simplex = figures.plot_codes(codes, labels, color=color, color_name=word)
     return [('Simplex codes', text, simplex, figures.plot_codes_by_op(space, paths, codes))]
 
 # %% ../../nbs/cli/20_report.ipynb #9fc6fd82
 def _search_text(best:dict, alone:dict|None) -> str:
     text = (f'{best["n"]} paths scored, best {best["path"]}: {best["macs"]:,} MACs, '
-            f'supernet accuracy {best["acc_super"]:.3f}')
+            f'supernet {_word(best)} {best[f"{measure_of(best)}_super"]:.3f}')
     if not alone or alone['path'] != best['path']: return f'{text}.'
-    return f'{text}; trained alone {alone["acc_alone"]:.3f} on the test split.'
+    return f'{text}; trained alone {alone[f"{measure_of(alone)}_alone"]:.3f} on the test split.'
 
 def _search_sections(folder:FilePath) -> list[tuple]:
     "Return the front and the best path of a run that was searched."

@@ -14,7 +14,8 @@ from scipy.ndimage import gaussian_filter1d
 from ..base.options import check_option
 from .codes import op_index, path_array
 from .look import (
-    OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of)
+    OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of, word_of)
+from ..rank import measure_of
 from ..space import Space
 
 # %% ../../nbs/figures/45_accuracy.ipynb #60208e0f
@@ -22,12 +23,13 @@ Distribution = Literal['violin', 'histogram', 'ecdf']
 
 def _columns(scores:pd.DataFrame, by:str) -> dict: # run -> its rows and its column of accuracies
     "Return the rows to draw for each run, and for the truth, where each path counts once."
-    columns = {'supernet': (scores, 'acc_super')}
-    if by in scores:
-        columns = {run: (own, 'acc_super') for run,own in scores.groupby(by, sort=False)}
-    if 'acc_alone' in scores:
+    measure = measure_of(scores)
+    score = f'{measure}_super'
+    columns = {'supernet': (scores, score)}
+    if by in scores: columns = {run: (own, score) for run,own in scores.groupby(by, sort=False)}
+    if f'{measure}_alone' in scores:
         paths = scores.drop_duplicates('path') if 'path' in scores else scores
-        columns['stand-alone'] = paths, 'acc_alone'
+        columns['stand-alone'] = paths, f'{measure}_alone'
     return columns
 
 def _parts(scores:pd.DataFrame, by:str, split:str|None) -> tuple[dict, list]:
@@ -162,7 +164,7 @@ def _ecdfs(parts:dict, rows:list, colors:dict, names, split) -> go.Figure:
 
 # %% ../../nbs/figures/45_accuracy.ipynb #47880aaa
 def plot_accuracy(
-    scores:pd.DataFrame,  # columns acc_super; acc_alone, path, `by` and `split` if known
+    scores:pd.DataFrame,  # columns acc_super (or metric_super); acc_alone, path, `by` and `split` if known
     names:dict|None=None, # value of `by` -> label
     by:str='K',           # a distribution for each value of this column
     kind:Distribution='violin', # how to draw it
@@ -170,8 +172,10 @@ def plot_accuracy(
 ) -> go.Figure:
     "Draw distributions of accuracy, per run and of the truth; raise `ValueError` for a wrong kind."
     check_option('kind', kind, Distribution)
-    title = 'Accuracy over all paths'
-    scores, note = finite(scores, 'acc_super')
+    measure = measure_of(scores)
+    word = word_of(measure)
+    title = f'{word.capitalize()} over all paths'
+    scores, note = finite(scores, f'{measure}_super')
     if scores.empty: return empty(title, note)
     if split is not None and split not in scores:
         raise ValueError(f'no column {split!r} in {list(scores.columns)}')
@@ -182,13 +186,13 @@ def plot_accuracy(
         dashes = zip(('solid', 'dashed', 'dotted'), colors) if split else ()
         lines = [f'{dash}: {label_of(run, names)}' for dash,run in dashes]
         return finish(fig, title, joined(*lines, note), 420, margin_b=96,
-            xaxis_title_text='accuracy',
+            xaxis_title_text=word,
             yaxis=dict(title_text='share of paths', tickformat='.0%', range=[-.02, 1.02]))
     fig = _ridges(parts, rows, colors, names, split, kind)
     legend = 40 if split else 0 # height in pixels
     height = 96+max(30*len(rows), min(76*len(rows), 420))
     return finish(fig, title, joined('bar: middle half, dot: median', note), height+legend,
-        margin_b=48+legend, showlegend=split is not None, xaxis_title_text='accuracy')
+        margin_b=48+legend, showlegend=split is not None, xaxis_title_text=word)
 
 # %% ../../nbs/figures/45_accuracy.ipynb #91fef03d
 def op_at(

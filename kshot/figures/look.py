@@ -38,9 +38,11 @@ def color_of(
 # %% ../../nbs/figures/10_look.ipynb #e5f10004
 _words = dict(
     macs='MACs', n_params='parameters', latency_ms='latency in ms', trial='paths scored before',
-    loss='training loss', acc_valid='validation accuracy', seconds_train='seconds of training',
-    acc_super='supernet accuracy', loss_super='supernet loss',
-    acc_alone='stand-alone accuracy', tau='tau by accuracy', tau_loss='tau by loss',
+    loss='training loss', acc='accuracy', acc_valid='validation accuracy',
+    metric_valid='validation metric', seconds_train='seconds of training',
+    acc_super='supernet accuracy', loss_super='supernet loss', metric_super='supernet metric',
+    acc_alone='stand-alone accuracy', metric_alone='stand-alone metric',
+    tau='tau by accuracy', tau_loss='tau by loss',
     spearman="Spearman's correlation", sparse_tau='sparse tau',
     sparse_tau_position='sparse tau by position', top_tau='tau in the top 10 %',
     surpass_random='surpasses random', search_mean='search finds',

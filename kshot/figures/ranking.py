@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from .look import (
     GRAY, OKABE_ITO, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
-from ..rank import true_top
+from ..rank import measure_of, true_top
 
 # %% ../../nbs/figures/40_ranking.ipynb #cacb13dc
 def _tau_text(tau:Mapping|None, share:float=.1) -> str:
@@ -33,34 +33,34 @@ def _drawn(keep:np.ndarray, n:int=3000) -> np.ndarray: # indices
     return np.sort(np.concatenate([kept, rest[:max(n//3, n-len(kept))]]))
 
 # %% ../../nbs/figures/40_ranking.ipynb #e5f40001
-def _score_points(scores:pd.DataFrame, x:str, is_top:bool) -> go.Scatter:
-    "Return the points of score against stand-alone accuracy, the true top as diamonds."
+def _score_points(scores:pd.DataFrame, x:str, y:str, is_top:bool) -> go.Scatter:
+    "Return the points of score against stand-alone result, the true top as diamonds."
     has_macs = 'macs' in scores
     colors = dict(color=OKABE_ITO['blue'])
     if has_macs: colors = dict(color=scores.macs, coloraxis='coloraxis')
     shape = dict(size=5, symbol='circle', opacity=.8)
     if is_top: shape = dict(size=8, symbol='diamond', opacity=1)
     digits = '.4s' if x in ('macs', 'n_params', 'latency_ms') else '.3f'
-    lines = ['path %{text}', f'{word_of(x)} %{{x:{digits}}}', 'stand-alone accuracy %{y:.3f}']
+    lines = ['path %{text}', f'{word_of(x)} %{{x:{digits}}}', f'{word_of(y)} %{{y:.3f}}']
     if has_macs and x != 'macs': lines.append('%{marker.color:.4s} MACs')
     selected = np.flatnonzero(scores.chosen) if 'chosen' in scores else None
-    return go.Scatter(x=scores[x], y=scores.acc_alone,
+    return go.Scatter(x=scores[x], y=scores[y],
         text=scores.path if 'path' in scores else scores.index, mode='markers',
         marker=colors|shape, showlegend=False,
         hovertemplate='<br>'.join(lines)+'<extra></extra>', selectedpoints=selected,
         unselected=dict(marker=dict(color=GRAY, opacity=.15)))
 
 # %% ../../nbs/figures/40_ranking.ipynb #855eb02a
-def _add_scores(fig:go.Figure, scores:pd.DataFrame, x:str, top:float, **panel):
+def _add_scores(fig:go.Figure, scores:pd.DataFrame, x:str, y:str, top:float, **panel):
     "Add the points of one run, and a line below the true top."
-    is_best = pd.Series(true_top(scores.acc_alone, top), scores.index)
+    is_best = pd.Series(true_top(scores[y], top), scores.index)
     keep = is_best | scores.chosen if 'chosen' in scores else is_best
     at = _drawn(keep.to_numpy())
     drawn = scores.iloc[at]
     for is_top in (False, True):
         own = drawn[is_best.iloc[at] == is_top]
-        fig.add_trace(_score_points(own, x, is_top), **panel)
-    lowest = scores.acc_alone[is_best].min()
+        fig.add_trace(_score_points(own, x, y, is_top), **panel)
+    lowest = scores[y][is_best].min()
     fig.add_hline(y=lowest, line=dict(color=GRAY, width=1, dash='dot'), **panel)
 
 # %% ../../nbs/figures/40_ranking.ipynb #e5f40002
@@ -69,11 +69,12 @@ def _axis_range(values:pd.Series) -> list: # low, high
     margin = (high-low)*.04 if high > low else .01
     return [low-margin, high+margin]
 
-def _set_score_axes(fig:go.Figure, scores:pd.DataFrame, x:str):
+def _set_score_axes(fig:go.Figure, scores:pd.DataFrame, x:str, y:str):
     "Give all panels the same ranges; plotly needs both ranges to keep either."
     x_range = _axis_range(scores[x])
     if x.startswith('loss'): x_range = x_range[::-1]
-    fig.update_yaxes(range=_axis_range(scores.acc_alone))
+    fig.update_yaxes(range=_axis_range(scores[y]))
+    fig.update_yaxes(title_text=word_of(y), col=1)
     fig.update_xaxes(title_text=word_of(x), showticklabels=True, range=x_range)
 
 def _rank_heads(groups:dict, names:dict|None, taus:Mapping|None, top:float) -> list[str]:
@@ -86,17 +87,20 @@ def _rank_heads(groups:dict, names:dict|None, taus:Mapping|None, top:float) -> l
 
 # %% ../../nbs/figures/40_ranking.ipynb #5dab7fb9
 def plot_rank(
-    scores:pd.DataFrame,  # columns `x`, acc_alone; path, macs, chosen (bool) and `by` if known
+    scores:pd.DataFrame,  # columns `x`, acc_alone (metric_alone); path, macs, chosen (bool), `by` if known
     names:dict|None=None, # value of `by` -> title of its panel
     taus:Mapping|None=None, # value of `by` -> dict(tau, low, high, top_tau)
     by:str='K',           # a panel for each value of this column, in the order of the rows
     top:float=.1,         # share of paths that counts as the true top, see `true_top`
-    x:str='acc_super',    # score: 'acc_super', 'loss_super' (lower is better), 'macs', ...
+    x:str|None=None,      # 'loss_super' (lower is better), 'macs', ...; None: acc_super or metric_super
 ) -> go.Figure:
     "Draw score against stand-alone accuracy; raise `ValueError` unless `top` is in (0, 1]."
+    measure = measure_of(scores)
+    x = x or f'{measure}_super'
+    y = f'{measure}_alone'
     judge = 'the supernet' if x.endswith('_super') else 'counting'
     title = f'What {judge} says, what is true'
-    scores, note = finite(scores, x, 'acc_alone')
+    scores, note = finite(scores, x, y)
     if scores.empty: return empty(title, note)
     groups = dict(list(scores.groupby(by, sort=False))) if by in scores else {'': scores}
     heads = _rank_heads(groups, names, taus, top)
@@ -107,9 +111,8 @@ def plot_rank(
         subplot_titles=heads, horizontal_spacing=.05, vertical_spacing=.24/n_rows)
     for i,own in enumerate(groups.values()):
         row, col = divmod(i, n_cols)
-        _add_scores(fig, own, x, top, row=row+1, col=col+1)
-    fig.update_yaxes(title_text='stand-alone accuracy', col=1)
-    _set_score_axes(fig, scores, x)
+        _add_scores(fig, own, x, y, top, row=row+1, col=col+1)
+    _set_score_axes(fig, scores, x, y)
     notes = [f'diamonds: true top {top:.0%}']
     has_bar = 'macs' in scores and scores.macs.nunique() > 1
     if has_bar: notes.append('color: MACs')

@@ -14,7 +14,7 @@ from ..figures import plot_protocol, plot_rank, plot_top_tau
 from ..figures.look import label_of
 from ..figures.page import table_html
 from .widgets import HalfView, Panel, View, Window, columns
-from ..rank import align_scores, rank_scores, scorers_of, top_tau
+from ..rank import align_scores, measure_of, rank_scores, scorers_of, top_tau
 
 # %% ../../nbs/lab/45_dashboard.ipynb #ef911808
 SHARES = np.arange(5, 101, 5) # percent
@@ -48,7 +48,8 @@ _HEADINGS = dict( # column of the protocol -> heading
     regret_n='regret of 10', precision_n='precision at 10', surpass_random='beats 10 random',
     search_mean='top 10 worth')
 _BY = dict( # column -> word
-    acc_super='accuracy', loss_super='loss', macs='MACs', n_params='parameters')
+    acc_super='accuracy', metric_super='metric', loss_super='loss', macs='MACs',
+    n_params='parameters')
 
 # %% ../../nbs/lab/45_dashboard.ipynb #4602167e
 class RankDashboard(Panel):
@@ -83,9 +84,10 @@ def _measure(self:RankDashboard, seeds:pd.DataFrame):
     self.protocol = self.tops = pd.DataFrame()
     if len(seeds) < 2: return
     scorers, counts = scorers_of(self.runs)
-    acc_alone = next(iter(self.runs.values())).acc_alone.to_numpy()
+    first = next(iter(self.runs.values()))
+    alone = first[f'{measure_of(first)}_alone'].to_numpy()
     self.protocol = rank_scores(self.runs, seeds, self.n_boot).set_index('scorer')
-    self.tops = top_taus(scorers | counts, acc_alone, seeds.dropna(axis=1).T.to_numpy())
+    self.tops = top_taus(scorers | counts, alone, seeds.dropna(axis=1).T.to_numpy())
 
 @patch
 def _controls(self:RankDashboard):
@@ -133,10 +135,11 @@ def draw(self:RankDashboard):
 def _cloud(self:RankDashboard, top:float, tops:pd.Series): # a figure
     run = self.run.value
     column = self.by.value
-    keys = dict(acc_super=run, loss_super=f'{run}_loss', macs='macs', n_params='params')
+    keys = dict(acc_super=run, metric_super=run, loss_super=f'{run}_loss', macs='macs',
+        n_params='params')
     key = keys.get(column)
     tau = None
     if key in self.protocol.index and np.isfinite(self.protocol.tau[key]):
         tau = self.protocol.loc[key, ['tau', 'low', 'high']].to_dict() | dict(top_tau=tops[key])
     frame = self.runs.get(run, pd.DataFrame()).drop(columns='K', errors='ignore')
-    return plot_rank(frame, taus={'': tau}, top=top, x=column or 'acc_super')
+    return plot_rank(frame, taus={'': tau}, top=top, x=column)

@@ -28,7 +28,7 @@ from ..config import Config, space_of
 from ..figures import plot_effects, plot_heuristic, plot_metrics
 from ..figures.effects import effects_table
 from ..figures.page import write_report
-from ..rank import kendall_tau, metrics, seed_ceiling, sparse_kendall_tau
+from ..rank import kendall_tau, measure_of, metrics, seed_ceiling, sparse_kendall_tau
 from ..record import add_result, check_links, environment, read_run, write_run
 from ..runs import ensure_trained, score_run
 from ..search import Search, make_search
@@ -48,7 +48,7 @@ METRICS = (
 Metric = Literal[*METRICS]
 
 def ranking(
-    scores:pd.DataFrame, # columns path, acc_super, loss_super, macs, n_params
+    scores:pd.DataFrame, # columns path, acc_super (or metric_super), loss_super, macs, n_params
     truth:pd.DataFrame,  # index path, a column per seed
     n:int=10,            # paths that a search keeps
 ) -> dict:               # name -> number
@@ -57,15 +57,17 @@ def ranking(
     alone = per_seed.mean(axis=1).to_numpy()
     losses = scores.loss_super.fillna(math.inf) # a loss that is NaN is the worst
     out = {}
-    for suffix,x in ('', scores.acc_super.to_numpy(float)), ('_loss', -losses.to_numpy(float)):
+    kind = measure_of(scores)
+    score = scores[f'{kind}_super'].to_numpy(float)
+    for suffix,x in ('', score), ('_loss', -losses.to_numpy(float)):
         by_position = sparse_kendall_tau(x, alone, reading='position')
         values = metrics(x, alone, n) | dict(sparse_tau_position=by_position)
         out |= {f'{name}{suffix}': value for name,value in values.items()}
     whole = per_seed.dropna(axis=1) # seeds that have every path
     ceiling = seed_ceiling(whole.T.to_numpy()) if whole.shape[1] > 1 else math.nan
     return out | dict(tau_macs=kendall_tau(scores.macs, alone),
-        tau_params=kendall_tau(scores.n_params, alone), acc_alone=float(alone.mean()),
-        ceiling=ceiling)
+        tau_params=kendall_tau(scores.n_params, alone), ceiling=ceiling,
+        **{f'{kind}_alone': float(alone.mean())})
 
 # %% ../../nbs/studies/30_study.ipynb #221d7354
 def _truth(config:Config, scoring:Scoring) -> pd.DataFrame|None: # index path, a column per seed
@@ -98,7 +100,8 @@ def measure(
     ranked = {} if truth is None else ranking(scores, truth, n_kept)
     record = read_run(folder)
     seconds = record['seconds']
-    means = dict(acc_super=scores.acc_super.mean(), loss_super=scores.loss_super.mean())
+    columns = [f'{measure_of(scores)}_super', 'loss_super']
+    means = {name: scores[name].mean() for name in columns}
     updates = record['results']['train']['updates']
     costs = dict(n_paths=len(scores), updates=updates, seconds_train=seconds['train'],
         seconds_score=seconds['score'])
@@ -300,7 +303,7 @@ def report_study(
     sections.append(('Heuristics', *heuristics))
     shown = frame.drop(columns=['name', 'settings', 'commit', 'torch', 'device'])
     shown = shown.dropna(axis=1, how='all')
-    chosen = ('acc_super', 'tau', 'tau_loss', 'sparse_tau', 'surpass_random', 'search_mean')
+    chosen = ('acc_super', 'metric_super', 'tau', 'tau_loss', 'sparse_tau', 'surpass_random', 'search_mean')
     known = [name for name in chosen if name in shown]
     if len(known) > 1: sections.append(('Metrics', plot_metrics(frame, known)))
     sections.append(('Runs', shown))
