@@ -6,18 +6,20 @@ import pytest
 import torch
 import fastai.callback.hook # adds `summary` to learners
 import fastai.callback.schedule # and `lr_find`
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastLoader
 from fastai.learner import Learner, load_learner
+from fastai.metrics import R2Score
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from kshot.base.inputs import map_tensors
+from kshot.checkpoint import CheckpointCallback, load_model, load_newest
 from kshot.data import TensorLoader, as_pair, loaders
 from kshot.simplex import SimplexNet, UniformCode, VertexCode
 from kshot.space import Block, Space
@@ -496,3 +498,103 @@ def test_the_code_module_may_be_frozen():
     learn = fit(net, of_tensors(x, y), K=2, codes=codes, warmup=0., n_paths=1)
     assert not any(p.requires_grad for p in codes.parameters())
     assert not learn.k_shot.learns
+
+# checkpoints
+
+class Moves(nn.Module):
+    "Buffers of all sorts that training moves"
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer('mean', torch.zeros(6))
+        self.register_buffer('count', torch.zeros((), dtype=torch.long), persistent=False)
+        self.register_buffer('queue', torch.zeros(0, 6))
+        self.register_buffer('first', None)
+    def forward(self, x):
+        if self.training:
+            x_ = x.detach()
+            self.mean.lerp_(x_.mean(0), .1)
+            self.count += 1
+            self.queue = torch.cat([self.queue, x_[:1]])[-5:]
+            if self.first is None: self.first = x_[0].clone()
+        first = 0 if self.first is None else self.first
+        return self.linear(x - self.mean - self.queue.sum(0)/5) + first/self.count.clamp_min(1)
+
+class StopAfter(Callback):
+    order = CheckpointCallback.order + 1
+    def __init__(self, n): self.n = n
+    def after_epoch(self):
+        if self.epoch+1 == self.n: raise CancelFitException
+
+def resumed(tmp_path, make_net, make_loaders, **kwargs):
+    "Compare three epochs at once with one, a checkpoint, and two more in another learner."
+    runs = []
+    for folder,resume,n in (('whole', False, 3), ('parts', False, 1), ('parts', True, 3)):
+        torch.manual_seed(0)
+        net, dls = make_net(), make_loaders()
+        if resume: torch.manual_seed(9)
+        options = dict(K=2, sampler='uniform', warmup=0., n_paths=1) | kwargs
+        cbs = [CheckpointCallback(tmp_path/folder, resume), StopAfter(n)]
+        runs.append(fit(net, dls, 3, cbs, **options))
+    (a, meta_a), (b, meta_b) = (load_newest(tmp_path/folder) for folder in ('whole', 'parts'))
+    assert meta_a | dict(seconds=0) == meta_b | dict(seconds=0) and len(meta_a['log']) == 3
+    assert set(a) == set(b)
+    for name in a: assert a[name].equal(b[name]), name
+    return runs[0], a, meta_a['log']
+
+def moving():
+    return Net(per_row(nn.Linear(5, 6)), [nn.Identity(), Moves()], nn.Sequential(head(), nn.BatchNorm1d(3)))
+
+@pytest.mark.parametrize('track_bn', [False, True])
+def test_buffers_that_training_moves_survive_to_the_bit(tmp_path, track_bn):
+    def tensors(): return of_tensors(randn(5), CLASSES)
+    learn, saved, _ = resumed(tmp_path, moving, tensors, track_bn=track_bn, sampler=Fixed((1,)))
+    moves = learn.model.net.blocks[0][1]
+    assert moves.count == 6 and len(moves.queue) == 5 and moves.mean.any()
+    for name in ('mean', 'count', 'queue', 'first'): assert f'stats/blocks.0.1.{name}' in saved
+    assert ('stats/head.1.running_mean' in saved) == track_bn
+    torch.manual_seed(3)
+    other = kshot_learner(moving(), Fixed.space, tensors(), K=2, track_bn=track_bn, sampler=Fixed((1,)))
+    load_model(other, *load_newest(tmp_path/'whole'))
+    x = randn(5)
+    code = torch.tensor([.3, .7])
+    outs = [l.model.eval()(x, (1,), code) for l in (learn, other)]
+    assert outs[0].equal(outs[1])
+
+def test_another_networks_buffers_change_nothing(tmp_path):
+    def tensors(): return of_tensors(randn(5), CLASSES)
+    fit(moving(), tensors(), cbs=[CheckpointCallback(tmp_path)])
+    plain = Net(per_row(nn.Linear(5, 6)), linear_ops(), nn.Sequential(head(), nn.BatchNorm1d(3)))
+    plain.blocks[0][1] = nn.Sequential(nn.Linear(6, 6))
+    learn = kshot_learner(plain, Fixed.space, tensors(), K=1, sampler=Fixed((1,)))
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(ValueError): load_model(learn, *load_newest(tmp_path))
+    assert same(before, learn.model.state_dict())
+
+@pytest.mark.parametrize('has_generator', [False, True])
+def test_shuffled_loaders_of_torch_resume_to_the_bit(tmp_path, has_generator):
+    def shuffled():
+        generator = torch.Generator().manual_seed(5) if has_generator else None
+        return of_torch(randn(5), CLASSES, shuffle=True, generator=generator)
+    def net(): return make('rows')[0]
+    resumed(tmp_path, net, shuffled)
+
+@pytest.mark.parametrize('make_loaders', [of_torch, of_fastai])
+def test_any_loader_is_logged_and_resumed(tmp_path, make_loaders):
+    net, x, y, _ = make('rows')
+    for resume,n in ((False, 1), (True, 2)):
+        dls = make_loaders(x, y, shuffle=True)
+        fit(net, dls, 2, [CheckpointCallback(tmp_path, resume), StopAfter(n)])
+    log = load_newest(tmp_path)[1]['log']
+    assert [row['epoch'] for row in log] == [1, 2] and 0 <= log[1]['acc_valid'] <= 1
+
+def test_metrics_are_logged_by_name(tmp_path):
+    net, x, y, loss_func = make('several_numbers')
+    def mae(out, y): return (out-y).abs().mean()
+    metrics = [mae, R2Score()]
+    cbs = [CheckpointCallback(tmp_path)]
+    learn = fit(net, of_tensors(x, y), 2, cbs, loss_func=loss_func, metrics=metrics)
+    row = load_newest(tmp_path)[1]['log'][-1]
+    _, loss, *values = learn.recorder.values[-1]
+    assert [row['loss_valid'], row['mae_valid'], row['r2_score_valid']] == pytest.approx([loss, *values])
+    assert 'acc_valid' not in row
