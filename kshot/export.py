@@ -167,13 +167,19 @@ def load_subnet(
     return module.eval(), about
 
 # %% ../nbs/68_export.ipynb #000bd3c3
+def _trace(module:nn.Module, example:Input, sizes:tuple) -> torch.export.ExportedProgram:
+    try: return torch.export.export(module, (example,), dynamic_shapes=sizes)
+    except Exception as e: # bytecode is slower, and keeps `len(x)` a variable
+        try: return torch.export.export(module, (example,), dynamic_shapes=sizes, strict=True)
+        except Exception: raise e from e.__cause__
+
 def _program(module:nn.Module, x:Input|Sequence[int]) -> tuple: # of torch.export; what is dynamic
     module = _copy_to(module, 'cpu')
     example = example_input(x, 2)
     batch = torch.export.Dim('batch', min=1)
     sizes = (map_tensors(lambda _: {0: batch}, example),)
     with _one_line('torch.export', x):
-        return torch.export.export(module, (example,), dynamic_shapes=sizes), sizes
+        return _trace(module, example, sizes), sizes
 
 def to_torch_export(
     module:nn.Module, # `forward(x)`
