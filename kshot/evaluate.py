@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from .base.distributed import average_, mean, world
 from .base.inputs import Input, map_tensors, n_rows, tensors_in
 from .data import pairs
+from . import networks
 from .networks import check_path
 from .space import Path, Space
 from .supernet import Supernet, fresh_stats
@@ -300,8 +300,8 @@ def calibrated_subnet(
 
 # %% ../nbs/58_evaluate.ipynb #fa607071
 def _inside(tensors:dict[str, Tensor], module:str) -> dict[str, Tensor]:
-    "Return the tensors of a module by their names in it."
-    return {name[len(module)+1:]: t for name,t in tensors.items() if name.startswith(f'{module}.')}
+    "Return the tensors of a module."
+    return {name: t for name,t in tensors.items() if name.startswith(f'{module}.')}
 
 def _advance(
     supernet:Supernet,
@@ -317,7 +317,8 @@ def _advance(
     norms = [supernet.net.get_submodule(n) for n in names]
     module = supernet.net.get_submodule(name)
     of_module = _inside(weights, name)
-    def run(x): return functional_call(module, of_module | own, (x,))
+    def run(x):
+        with supernet.lender.lent(of_module, own): return module(x)
     calibrated = _average(norms, own, calibration, run)[0] if calibration else None
     return calibrated, [run(x) for x in inputs]
 
@@ -385,8 +386,8 @@ def score_paths(
     columns = 'acc_super' if metric is None else 'metric_super', 'loss_super'
     if not paths: return pd.DataFrame({name: [] for name in ('path', *columns)})
     all_codes = codes(paths)
-    is_tree = supernet.K == 1 and getattr(supernet.net, 'is_tree', False)
-    is_tree = is_tree and isinstance(batches, list) and not is_sharded
+    is_simple = supernet.K == 1 and not supernet.lender.own_norms and not is_sharded
+    is_tree = is_simple and networks.is_tree(supernet.net) and isinstance(batches, list)
     own = dict(loss_func=loss_func, metric=metric)
     def score(path, code):
         return score_path(supernet, path, code, batches, calibration, is_sharded, **own)

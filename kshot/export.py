@@ -25,7 +25,7 @@ from .base.files import to_json, write_file, write_json
 from .base.inputs import Input, describe_input, example_input, input_like, map_tensors, tensors_in
 from .benchmark import get_net
 from .checkpoint import check_tensors, load_tensors, save_tensors
-from .networks import block_sizes, check_path, count_params, op_modules, subnet
+from .networks import Subnet, block_sizes, check_path, count_params, op_modules, subnet
 
 # %% ../nbs/68_export.ipynb #4e1ed141
 def _copy_to(module:nn.Module, device:str) -> nn.Module: # in evaluation mode
@@ -163,8 +163,8 @@ def load_subnet(
     check_tensors(weights, module.state_dict())
     module.load_state_dict(weights)
     if 'x_shape' in about: about['x_shape'] = input_like(about['x_shape'])
-    if about.get('channels_last'): module.to(memory_format=torch.channels_last)
-    return module.eval(), about
+    layout = torch.channels_last if about.get('channels_last') else torch.contiguous_format
+    return module.to(memory_format=layout).eval(), about
 
 # %% ../nbs/68_export.ipynb #000bd3c3
 def _trace(module:nn.Module, example:Input, sizes:tuple) -> torch.export.ExportedProgram:

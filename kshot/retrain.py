@@ -21,7 +21,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .base.distributed import agree, average_, average_stats, is_first, world
 from .evaluate import accuracy_loss
@@ -268,12 +268,10 @@ def after_epoch(self:RetrainCallback):
 
 # %% ../nbs/66_retrain.ipynb #55d3c9b5
 def _retrain_identity(learn:Learner) -> dict: # what must agree between a checkpoint and a run
-    calls = ''
-    if isinstance(learn.model, fx.GraphModule):
-        nodes = learn.model.graph.nodes
-        calls = ' '.join(node.target for node in nodes if node.op == 'call_module')
+    shapes = {name: tuple(t.shape) for name,t in learn.model.state_dict().items()}
+    subnet = f"{getattr(learn.model, 'path', '')} {shapes}"
     settings = learn.recipe.recipe._asdict() | dict(bs=learn.dls.train.bs, seed=learn.recipe.seed)
-    return dict(format=1, **settings, subnet=f'{zlib.crc32(calls.encode()):08x}')
+    return dict(format=1, **settings, subnet=f'{zlib.crc32(subnet.encode()):08x}')
 
 @patch
 def _tensors(self:RetrainCallback) -> tuple[dict, dict]: # by name: of modules, of the rest

@@ -30,11 +30,10 @@ def lines(err, word): return [line for line in err.splitlines() if word in line]
 # batch norm in evaluation mode: otherwise each rank would have statistics of its own
 FROZEN = '''
 import sys
-from torch.func import functional_call
 from kshot.supernet import Supernet, fresh_stats
 def frozen(self, x, path, weights, stats=None):
-    lent = {**weights, **fresh_stats(self, path)}
-    return functional_call(self.net.eval(), lent, (x, path), tie_weights=False)
+    self.net.eval()
+    return self.lender.run(x, path, weights, fresh_stats(self, path))
 Supernet.run_with = frozen
 '''
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kshot.benchmark import BENCHMARKS, get_space
-from kshot.nets.layers import leading_channels, round_channels
+from kshot.nets.layers import SupernetOnly, leading_channels, round_channels
 from kshot.nets.ops import MIDDLE_OPS, OPS, make_op, mbconv, shuffle
 from kshot.spaces import DARTS_OPS, NB201_OPS
 
@@ -35,7 +35,7 @@ def test_every_op_has_the_promised_shape(op_name):
 
 @pytest.mark.parametrize('op_name', sorted(CHAIN_OPS))
 def test_an_op_with_a_middle_can_be_sliced(op_name):
-    assert hasattr(make_op(op_name, 8, 8, 1, is_sliced=True), 'at') == (op_name in MIDDLE_OPS)
+    assert isinstance(make_op(op_name, 8, 8, 1, is_sliced=True), SupernetOnly) == (op_name in MIDDLE_OPS)
 
 def gradients(module, x, *width):
     "Return the output of a module and the gradient of its input; leave its own in place."
@@ -47,7 +47,7 @@ def gradients(module, x, *width):
 
 def check_like_plain(op, x, width):
     "Compare outputs, gradients and statistics of a sliced op with those of its plain module."
-    plain = copy.deepcopy(op.at(width))
+    plain = copy.deepcopy(op.plain(width))
     full = dict(op.named_parameters())
     before = {name: t.clone() for name,t in op.named_buffers()}
     for is_training in (True, False):

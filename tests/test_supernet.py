@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kshot.benchmark import BENCHMARKS, get_net, get_space
-from kshot.networks import count_params, op_owner, reads, subnet
+from kshot.networks import count_params, op_owners, reads, subnet
 from kshot.supernet import Supernet
 
 # networks with widths are chains as macro's, and larger
@@ -19,7 +19,8 @@ def test_supernet_does_what_its_network_does(name):
     net = get_net(name, channels=4, n_cells=0 if name in ('digits', 'macro') else 3)
     space, supernet = get_space(name), Supernet(net, K=2, redraw=keep_net)
     assert supernet.sizes == space.sizes
-    owner_of = op_owner(supernet.ops)
+    owners = op_owners(net, supernet.ops)
+    def owner_of(name): return next(iter(owners[net.get_submodule(name.rpartition('.')[0])]))
     has_params = {owner_of(n) for n,_ in net.named_parameters()}
     x = torch.randn(4, *BENCHMARKS[name].x_shape)
     for path in space.sample(np.random.default_rng(2), 3):

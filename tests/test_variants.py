@@ -42,7 +42,7 @@ def test_evaluation_draws_nothing(op, x, channelling):
     op.eval()
     y = op(x, C_IN, C_OUT)
     assert torch.equal(op(x, C_IN, C_OUT), y)
-    torch.testing.assert_close(op.at(C_IN, C_OUT)(x), y, atol=1e-6, rtol=0)
+    torch.testing.assert_close(op.plain(C_IN, C_OUT)(x), y, atol=1e-6, rtol=0)
     if channelling != 'interpolated': assert torch.equal(narrow(nn.Sequential(*op), x, C_OUT), y)
 
 def test_full_width_is_the_plain_op(op):

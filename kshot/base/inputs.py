@@ -21,6 +21,7 @@ def tensors_in(
     x:Input, # of a network, or its output
 ) -> list[Tensor]:
     "Return all tensors of an input."
+    if isinstance(x, Tensor): return [x]
     return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
 
 def n_rows(

@@ -28,6 +28,7 @@ from .watching import bench_live
 from ..data import fastest_device, imagenet_data
 from ..datasets.folder import images_per_second
 from ..evaluate import score_chain, score_path
+from ..networks import is_tree
 from ..record import environment
 from ..space import Path, Space
 from ..supernet import Supernet
@@ -204,7 +205,7 @@ def bench_score(
     def tree(i): score_chain(one, paths, batches, calibration)
     steps = dict(K1=partial(score, one, False), K4=partial(score, four, False),
                  K4_bf16=partial(score, four, True))
-    if getattr(net, 'is_tree', False): steps['K1_tree'] = tree
+    if is_tree(net): steps['K1_tree'] = tree
     times = interleaved(steps, rounds)
     rates = {name: round(n/statistics.median(seconds), 1) for name,seconds in times.items()}
     over = {name: ratio(times, name, 'K1') for name in times}

@@ -85,7 +85,7 @@ class NB201Net(SplitNet):
         last = 4*channels
         classify = pool_and_classify(last, n_classes)
         self.head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), *classify)
-        self.sizes = nb201_space().sizes
+        self.choices_per_block = nb201_space().sizes
         self.layers = [f'stages.{stage}.{i}' for stage,i in product(range(3), range(n_cells))]
         self.op_modules = {}
         for l,o in product(range(6), range(5)):
@@ -203,7 +203,7 @@ class NB101Net(SplitNet):
             c_in = c_out
         self.pool = nn.MaxPool2d(2)
         self.head = pool_and_classify(c_out, n_classes)
-        self.sizes = nb101_space().sizes
+        self.choices_per_block = nb101_space().sizes
         self.layers = [f'stacks.{s}.{i}' for s,i in product(range(3), range(n_cells))]
         self.op_modules = {}
         for v,o in product(range(1, 6), range(3)):
@@ -247,6 +247,21 @@ def reads(self:NB101Net,
             for copied in dict.fromkeys(copies): yield 20+v, copied, *triple
         if 0 in inputs: yield _from_input(v), self.copy_for(_from_input(v), 1, width=i), *triple
 
+# %% ../../nbs/nets/30_cells.ipynb #d4de9d02
+@patch
+def op_sizes(self:NB101Net,
+    path:Path, # 26 choices
+) -> dict[str, tuple[int, int]]: # name of an op's module -> channels of its input and its output
+    "Return the channels at which a path runs its ops."
+    sizes = {}
+    for block,o,*triple in self.reads(path):
+        for layer,name in zip(self.layers, self.op_modules[block,o]):
+            cell = self.get_submodule(layer)
+            stack = int(layer.split('.')[1])
+            channels = triple[stack] if triple else cell.c_out
+            sizes[name] = (channels if block > 20 else cell.c_in), channels
+    return sizes
+
 # %% ../../nbs/nets/30_cells.ipynb #8a34cb6e
 @patch
 def uses(self:NB101Net, l:int, o:int|Copy, by:SplitBy) -> Sequence[Hashable]:
@@ -267,7 +282,7 @@ def of_width(self:NB101Net,
     "Return a separate op for one width."
     conv = op[0]
     channels = widths[self.widths[0].index(conv.out_channels)]
-    return redraw(op.at(channels if l > 20 else conv.in_channels, channels))
+    return redraw(op.plain(channels if l > 20 else conv.in_channels, channels))
 
 # %% ../../nbs/nets/30_cells.ipynb #2452c9e7
 def _places(channels:int, stride:int) -> nn.ModuleList: # of the ops into four nodes
@@ -335,7 +350,7 @@ class DartsNet(SplitNet):
             self.cells.append(DartsCell(c_in, channels, is_reduction, i-1 in self.reductions))
             c_in = (c_in[1], 4*channels)
         self.head = pool_and_classify(c_in[1], n_classes)
-        self.sizes = darts_space(has_concat).sizes
+        self.choices_per_block = darts_space(has_concat).sizes
         self.layers = [f'cells.{i}' for i in range(n_cells)]
         normal = [cell for i,cell in enumerate(self.layers) if i not in self.reductions]
         reducing = [cell for i,cell in enumerate(self.layers) if i in self.reductions]

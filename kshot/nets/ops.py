@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
-from .layers import Residual, SlicedMiddle, conv_bn, squeezed_channels
+from .layers import Residual, SlicedMiddle, SupernetOnly, conv_bn, squeezed_channels
 
 # %% ../../nbs/nets/10_ops.ipynb #6e2377c9
 def identity(c_in:int, c_out:int, stride:int) -> nn.Module:
@@ -184,16 +184,16 @@ class Shuffle(nn.Module):
         if self.proj is None: x = x[:, 1::2]
         return torch.cat([left, self.main(x, *middle)], 1)
 
-class SlicedShuffle(Shuffle):
+class SlicedShuffle(SupernetOnly, Shuffle):
     "A shuffle block whose working branch has a middle of any width."
     @property
     def middle(self) -> int: return self.main.middle
 
-    def at(self,
+    def plain(self,
         middle:int, # channels of the middle
     ) -> Shuffle:   # its first branch is the same module
         "Return the plain block of one width."
-        return Shuffle(self.proj, self.main.at(middle)).train(self.training)
+        return Shuffle(self.proj, self.main.plain(middle)).train(self.training)
 
 # %% ../../nbs/nets/10_ops.ipynb #02ea0f16
 def _separable(c_in:int, c_out:int, k:int=3, stride:int=1) -> list[nn.Module]:

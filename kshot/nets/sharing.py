@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
-from .layers import Crop, Residual, Select, Sliced, narrow
+from .layers import Crop, Residual, Select, Sliced, SupernetOnly, narrow
 from .ops import Zero
 from ..space import Block
 
 # %% ../../nbs/nets/20_sharing.ipynb #bc6f85f7
-class DropPath(StochasticDepth):
+class DropPath(SupernetOnly, StochasticDepth):
     "Zero the output for some images of a batch, in training."
     def __init__(self,
         rate:float, # share of images to drop at the end of training, 0-1
@@ -30,7 +30,7 @@ class DropPath(StochasticDepth):
         super().__init__(rate, 'row')
         self.rate = rate
 
-    def at(self) -> nn.Module:
+    def plain(self) -> nn.Module:
         "Return the identity: a subnet drops nothing."
         return nn.Identity()
 
