@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Readers', 'Counts', 'BENCHMARKS', 'Training', 'Benchmark', 'register', 'is_spelling', 'load_benchmark',
-           'get_benchmark', 'get_space', 'check_sharing', 'get_net', 'read_source', 'find_source', 'channels_last']
+           'get_benchmark', 'get_space', 'check_sharing', 'get_net', 'read_source', 'find_source']
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a04
 import re, sys
@@ -338,8 +338,7 @@ def get_net(
     given = {k: v for k,v in sizes.items() if v}
     if 'n_classes' in takes: given['n_classes'] = n_classes
     if len(widths): given |= dict(widths=widths, width_per=width_per)
-    net = share(benchmark.net(**given), benchmark.space, record) # widths are not shared otherwise
-    return net.to(memory_format=torch.channels_last) # convolutions on images are faster so
+    return share(benchmark.net(**given), benchmark.space, record) # widths are not shared otherwise
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a23
 def read_source(
@@ -369,12 +368,3 @@ def find_source(
         sources = sorted(FilePath(folder).glob(pattern))
         if sources: return sources[0]
     return None
-
-# %% ../nbs/16_benchmark.ipynb #5b1e0a32
-def channels_last(
-    net:nn.Module, # changed in place
-) -> nn.Module:    # the same
-    "Lay out the kernels of 2-D convolutions like images."
-    for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): m.to(memory_format=torch.channels_last)
-    return net

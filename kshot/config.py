@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .base.distributed import World
 from .base.options import check_options
 from .base.inputs import Input, shapes_of, tensors_in
-from .benchmark import Training, channels_last, get_benchmark, get_net, get_space
+from .benchmark import Training, get_benchmark, get_net, get_space
 from .cost import Cost
 from .data import DATA, DataLoaders, get_data
 from .evaluate import evaluating, score_path
@@ -179,7 +179,7 @@ def parts(
     space = space_of(config)
     check_config(config, space)
     dls = _data(config, augment, seed=config.seed if seed is None else seed, shard=shard)
-    return space, channels_last(_net(config, dls)), dls
+    return space, _net(config, dls), dls
 
 # %% ../nbs/80_config.ipynb #b754b1f0
 def alone(

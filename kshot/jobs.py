@@ -18,7 +18,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .base.distributed import agree, distributed, gather, is_first
 from .base.files import locked
 from .base.inputs import shapes_of, tensors_in
-from .benchmark import Benchmark, channels_last, get_benchmark
+from .benchmark import Benchmark, get_benchmark
 from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
 from .evaluate import accuracy_loss, score_path
 from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
@@ -244,7 +244,7 @@ def retrain_run(
         config = replace(config, passes=1, bs=bs)
         space, net, dls = parts(config, seed, shard, settings.augment)
         benchmark = get_benchmark(config.space)
-        module = channels_last(subnet(net, path))
+        module = subnet(net, path)
         bs = dls.train.bs
         epochs = settings.epochs
         name = space.format(path)

@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 from .base.inputs import Input, tensors_in
-from .networks import OffPath
+from .networks import OffPath, is_channels_last, laid_out
 from .space import Path
 
 # %% ../nbs/19_lending.ipynb #19b1e005
@@ -53,7 +53,7 @@ def is_torchs_norm(
     module:nn.Module, # any
 ) -> bool:
     "Return whether a module is a batch norm with torch's own `forward`."
-    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return type(module).forward is _BatchNorm.forward
 
 def running_stats(
     module:nn.Module, # any
@@ -81,26 +81,36 @@ def find_norms(
     return norms
 
 # %% ../nbs/19_lending.ipynb #19b1e00d
-def _is_hidden(value:object, params:set[int]) -> bool: # does it hold weights that torch does not see?
-    if not isinstance(value, Tensor | list | tuple | dict): return False
-    return any(id(t) in params or (t.requires_grad and t.is_leaf) for t in tensors_in(value))
+def _why_not(m:nn.Module) -> str: # '' if its weights can be lent
+    if any(isinstance(p, UninitializedParameter) for p in m.parameters(recurse=False)):
+        return 'does not know its size yet: run the network once'
+    if isinstance(m, torch.jit.ScriptModule):
+        return 'is a script, expected the module that it was made from'
+    if getattr(m, 'max_norm', None) is not None and isinstance(m, nn.Embedding | nn.EmbeddingBag):
+        return 'rescales its weight in place, expected max_norm=None'
+    return ''
+
+def _why_not_kept(value:object, params:set[Tensor]) -> str: # of a plain attribute
+    if isinstance(value, Tensor | list | tuple | dict):
+        is_weight = any(t in params or (t.requires_grad and t.is_leaf) for t in tensors_in(value))
+        return 'weights, expected nn.Parameter, nn.ParameterList or nn.ParameterDict' if is_weight else ''
+    cells = [cell.cell_contents for cell in getattr(value, '__closure__', None) or ()]
+    is_around_module = any(isinstance(o, nn.Module) for o in cells)
+    return 'a function made around a module, expected a method' if is_around_module else ''
 
 def check_lendable(
     net:nn.Module, # any
 ):
     "Raise `ValueError` for a network whose weights cannot be lent."
-    params = set(map(id, net.parameters()))
+    params = set(net.parameters())
     for name,m in net.named_modules():
         module = f'module {name!r} ({type(m).__name__})'
-        if any(isinstance(p, UninitializedParameter) for p in m.parameters(recurse=False)):
-            raise ValueError(f'{module} does not know its size yet: run the network once')
-        if isinstance(m, torch.jit.ScriptModule):
-            raise ValueError(f'{module} is a script, expected the module that it was made from')
+        why = _why_not(m)
+        if why: raise ValueError(f'{module} {why}')
         if isinstance(m, nn.RNNBase): continue # it has a list of its weights, which is lent too
         for key,value in vars(m).items():
-            if key in ('_parameters', '_buffers', '_modules') or not _is_hidden(value, params): continue
-            raise ValueError(f'{module} keeps weights in its attribute {key!r}, '
-                             'expected nn.Parameter, nn.ParameterList or nn.ParameterDict')
+            why = '' if key in ('_parameters', '_buffers', '_modules') else _why_not_kept(value, params)
+            if why: raise ValueError(f'{module} keeps in its attribute {key!r} {why}')
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'{type(net).__name__} has no weights that train, expected some')
 
@@ -112,6 +122,7 @@ class Lender:
         track_bn:bool, # may its norms keep their statistics?
     ):
         self.net = net
+        self.is_channels_last = is_channels_last(net)
         self.places = {} # name of a weight -> module, its name there, what stands in for it
         trained = [name for name,p in net.named_parameters(remove_duplicate=False) if p.requires_grad]
         for name in trained:
@@ -197,6 +208,7 @@ def run(self:Lender,
     stats:dict[str, Tensor]|None=None, # as in `lent`
 ) -> Input:    # the network's output
     "Run the network with weights that it is lent."
+    x = laid_out(x, self.is_channels_last)
     with self.lent(weights, stats): out = self.net(x, path)
     if torch.is_grad_enabled(): self._lend_in_backward(out, weights)
     return out

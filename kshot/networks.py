@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Op', 'Ops', 'Kernel', 'OpOn', 'Chain', 'WidthChain', 'is_chain', 'is_tree', 'chain', 'digits_net', 'macro_net',
            'mobilenet_net', 'shufflenet_net', 'op_modules', 'block_sizes', 'check_path', 'op_owners', 'reads',
-           'OffPath', 'Unread', 'Subnet', 'kept_tensors', 'copy_network', 'subnet', 'Sharing', 'share', 'count_params']
+           'is_channels_last', 'laid_out', 'OffPath', 'Unread', 'Subnet', 'kept_tensors', 'copy_network', 'subnet',
+           'Sharing', 'share', 'count_params']
 
 # %% ../nbs/15_networks.ipynb #68079217
 import copy
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 import torch
 from torch import Tensor, nn
-from .base.inputs import Input
+from .base.inputs import Input, map_tensors
 from .base.options import check_options
 from .nets.layers import Sliced, SupernetOnly, conv_bn, round_channels
 from .nets.ops import make_op, pool_and_classify
@@ -117,7 +118,7 @@ def chain(
         blocks.append([make_op(op, c_in, c_out, stride, is_sliced=bool(widths)) for op in ops])
         c_in = c_out
     net = WidthChain(stem, blocks, head, widths) if widths else Chain(stem, blocks, head)
-    return net.to(memory_format=torch.channels_last) # convolutions on images are faster so
+    return net.to(memory_format=torch.channels_last) # convolutions on images are faster that way
 
 # %% ../nbs/15_networks.ipynb #f7b03ad9
 def digits_net(
@@ -261,7 +262,21 @@ def reads(
     "Name the ops that a path uses."
     return net.reads(path) if callable(getattr(type(net), 'reads', None)) else enumerate(path)
 
-# %% ../nbs/15_networks.ipynb #0c757949
+# %% ../nbs/15_networks.ipynb #0c75794b
+def is_channels_last(
+    net:nn.Module, # any module
+) -> bool:
+    "Return whether kernels of a network lie in memory with channels last."
+    return any(p.ndim == 4 and not p.is_contiguous() for p in net.parameters())
+
+def laid_out(
+    x:Input, # a batch
+    is_last:bool, # do the network's kernels lie with channels last?
+) -> Input:
+    "Return a batch as a network expects it: contiguous, unless its kernels are not."
+    return x if is_last else map_tensors(Tensor.contiguous, x)
+
+# %% ../nbs/15_networks.ipynb #0c75794e
 class OffPath(ValueError):
     "A path uses an op that it does not name."
 
@@ -288,8 +303,9 @@ class Subnet(nn.Module):
         self.net = net
         self.path = tuple(path)
         self.training = net.training
+        self.is_channels_last = is_channels_last(net)
 
-    def forward(self, x:Input) -> Input: return self.net(x, self.path)
+    def forward(self, x:Input) -> Input: return self.net(laid_out(x, self.is_channels_last), self.path)
 
 # %% ../nbs/15_networks.ipynb #0c757951
 def _tensors_inside(value:object) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
 from .base.files import append_log, locked, n_cores, read_log, to_json, write_file
-from .benchmark import channels_last, get_benchmark, get_net
+from .benchmark import get_benchmark, get_net
 from .cost import Cost
 from .data import get_data
 from .evaluate import accuracy_loss
@@ -40,7 +40,7 @@ def train_path(
     net = get_net(name)
     dls = get_data(benchmark.data or name, seed=seed)
     ops = benchmark.space.parse(path)
-    module = channels_last(subnet(net, ops))
+    module = subnet(net, ops)
     train_alone(module, dls, epochs)
     module.eval()
     macs, n_params = Cost(net, benchmark.x_shape)([ops])[0].tolist()

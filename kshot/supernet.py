@@ -65,8 +65,9 @@ class _Mix(torch.autograd.Function):
         if ctx.slots is None: dw, = grads
         else:
             dw = bank.new_empty(len(codes), bank.shape[1])
-            torch._foreach_copy_(_views(dw, ctx.slots), grads)
-        dcodes = dw @ bank.T if ctx.needs_input_grad[1] else None # (N, K)
+            dense = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
+            torch._foreach_copy_(_views(dw, ctx.slots), dense)
+        dcodes = dw @ bank.mH if ctx.needs_input_grad[1] else None # (N, K)
         if not ctx.needs_input_grad[0]: return None, dcodes, None, None, None
         factor = codes/codes.square().sum(1, keepdim=True) if ctx.even_step else codes # (N, K)
         if ctx.keep is None: return factor.T @ dw, dcodes, None, None, None
@@ -85,7 +86,7 @@ def mix(
     if codes.ndim != 2 or codes.shape[1] != len(bank):
         raise ValueError(f'codes of shape {tuple(codes.shape)}, expected (N, {len(bank)})')
     with torch.autocast(bank.device.type, enabled=False): # in full precision
-        return _Mix.apply(bank, codes, even_step, slots, keep)
+        return _Mix.apply(bank, codes.to(bank.dtype), even_step, slots, keep)
 
 # %% ../nbs/20_supernet.ipynb #d3fe44ed
 class DeferredGradients:

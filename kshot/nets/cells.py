@@ -90,6 +90,7 @@ class NB201Net(SplitNet):
         self.op_modules = {}
         for l,o in product(range(6), range(5)):
             self.op_modules[l,o] = [f'{cell}.edges.{l}.{o}' for cell in self.layers]
+        self.to(memory_format=torch.channels_last) # convolutions on images are faster that way
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
         x = self.stem(x)
@@ -213,6 +214,7 @@ class NB101Net(SplitNet):
             self.op_modules[_from_input(v),1] = projections
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d): m.momentum = .003
+        self.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/nets/30_cells.ipynb #d4de9d4a
 @patch
@@ -361,6 +363,7 @@ class DartsNet(SplitNet):
             self.op_modules[16+2*place,o] = [f'{cell}.ops.{place}.{o}' for cell in reducing]
             strided = [f'{cell}.strided.{place}.{o}' for cell in reducing]
             self.op_modules[16+2*place,Copy(o, stride=2)] = strided
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x:Tensor, path:Path) -> Tensor:
         outs = path[32:] or (1,)*8 # which nodes of both kinds of cells are concatenated
