@@ -6,7 +6,6 @@
 __all__ = ['latency_ms', 'measure_module', 'build_subnet', 'save_subnet', 'load_subnet', 'to_torch_export', 'to_onnx']
 
 # %% ../nbs/68_export.ipynb #8c2481b8
-import copy
 import io
 import json
 import re
@@ -20,16 +19,17 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 from .base.files import to_json, write_file, write_json
 from .base.inputs import Input, describe_input, example_input, input_like, map_tensors, tensors_in
 from .benchmark import get_net
 from .checkpoint import check_tensors, load_tensors, save_tensors
-from .networks import Subnet, block_sizes, check_path, count_params, op_modules, subnet
+from .cost import count_macs
+from .networks import (Subnet, block_sizes, check_path, copy_network, count_params, op_modules,
+                            subnet)
 
 # %% ../nbs/68_export.ipynb #4e1ed141
 def _copy_to(module:nn.Module, device:str) -> nn.Module: # in evaluation mode
-    try: return copy.deepcopy(module).eval().to(device)
+    try: return copy_network(module).eval().to(device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device {device!r} cannot be used: {str(e).splitlines()[0]}') from e
 
@@ -94,11 +94,8 @@ def measure_module(
     bs:int=1,         # examples per forward pass there
 ) -> dict:            # macs, n_params, latency_ms, latency_device, latency_threads, latency_bs
     "Return what a plain module costs; `ValueError` as in `latency_ms`."
-    counter = FlopCounterMode(display=False)
-    with _one_line('counting', x), counter, torch.device('meta'), torch.no_grad():
-        _copy_to(module, 'meta')(example_input(x, device='meta'))
     is_cuda = torch.device(device).type == 'cuda'
-    return dict(macs=counter.get_total_flops()//2, n_params=count_params(module),
+    return dict(macs=count_macs(module, x), n_params=count_params(module),
                 latency_ms=latency_ms(module, x, device, bs),
                 latency_device=torch.cuda.get_device_name(device) if is_cuda else device,
                 latency_threads=torch.get_num_threads(), latency_bs=bs)

@@ -1,4 +1,5 @@
 "A subnet retrained by several processes, killed and resumed; exported and run without kshot"
+import copy
 import json
 import math
 import os
@@ -15,7 +16,9 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import StochasticDepth
 
 from kshot.base.distributed import world
 from kshot.base.inputs import example_input, map_tensors, tensors_in
@@ -86,7 +89,7 @@ def train(folder=None, name='strong', cbs=(), dropout=0., epochs=2, **kwargs):
     return tensors, log
 
 def write(fname, tensors, log):
-    save_file(tensors, f'{fname}.safetensors')
+    save_file({name: t.contiguous() for name,t in tensors.items()}, f'{fname}.safetensors')
     Path(f'{fname}.json').write_text(json.dumps(log))
 
 def read(fname):
@@ -397,6 +400,229 @@ def test_latency_and_macs_of_any_input(make, x, inputs, outputs):
         macs = 5*4*4*(8+4) # steps, gates, sizes of the state and of both that it is made of
     assert costs['macs'] == macs
     assert costs['n_params'] == sum(p.numel() for p in module.parameters()) and costs['latency_ms'] > 0
+
+# subnets of own networks
+
+class Own(nn.Module):
+    "Blocks of ops, and what a network puts around them."
+    def __init__(self, blocks, **modules):
+        super().__init__()
+        for name,module in modules.items(): self.add_module(name, module)
+        self.blocks = nn.ModuleList(map(nn.ModuleList, blocks))
+
+    def run(self, x, path):
+        for ops,o in zip(self.blocks, path): x = ops[o](x)
+        return x
+
+class Bottle(nn.Sequential):
+    "A subclass that its network looks for"
+    def forward(self, x): return x + super().forward(x)
+
+def conv(a, b, size=3):
+    return nn.Sequential(nn.Conv2d(a, b, size, padding=size//2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
+class Images(Own):
+    "Dropout by function, stochastic depth, a check of classes"
+    def __init__(self):
+        ops = [[nn.Identity(), conv(8, 8), Bottle(conv(8, 4, 1), conv(4, 8))] for _ in range(2)]
+        super().__init__(ops, stem=conv(3, 8), depth=StochasticDepth(.3, 'row'), head=nn.Linear(8, 4))
+
+    def forward(self, x, path):
+        x = self.stem(x)
+        for ops,o in zip(self.blocks, path):
+            if isinstance(ops[o], Bottle): x = self.depth(ops[o](x))
+            else: x = ops[o](x)
+        return self.head(F.dropout(x.mean((2, 3)), .2, self.training))
+
+class Sequences(Own):
+    "Recurrent ops on tokens, and sizes that come from the input"
+    def __init__(self):
+        ops = [[nn.GRU(8, 8, batch_first=True), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 8)]]
+        super().__init__(ops, embedding=nn.Embedding(9, 8), head=nn.Linear(9, 4))
+
+    def forward(self, x, path):
+        if x.ndim != 2: raise ValueError(f'{x.shape}, expected tokens')
+        out = self.run(self.embedding(x), path)
+        h = out[0] if isinstance(out, tuple) else out
+        return self.head(torch.cat([h.mean(1), torch.zeros(x.size(0), 1)], 1))
+
+class Heads(nn.Module):
+    "Attention of several heads"
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.LayerNorm(c)
+        self.attention = nn.MultiheadAttention(c, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.attention(h, h, h, need_weights=False)[0]
+
+class Patches(Own):
+    "A vision transformer, with a token and places of its own"
+    def __init__(self):
+        mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        ops = [[Heads(8), mlp], [nn.Identity(), Heads(8)]]
+        super().__init__(ops, cut=nn.Conv2d(3, 8, 4, 4), head=nn.Linear(8, 4))
+        self.token = nn.Parameter(torch.rand(1, 1, 8))
+        self.register_buffer('places', torch.rand(1, 5, 8), persistent=False)
+
+    def forward(self, x, path):
+        rows = self.cut(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), rows], 1) + self.places
+        return self.head(self.run(x, path)[:, 0])
+
+class Masks(Own):
+    "A U-Net: skip connections, transposed convolution, an output of the input's size"
+    def __init__(self):
+        ops = [[conv(8, 8), conv(8, 8, 5)], [nn.Identity(), conv(16, 16)]]
+        super().__init__(ops, stem=conv(3, 8), down=nn.Conv2d(8, 16, 2, 2),
+                         up=nn.ConvTranspose2d(16, 8, 2, 2), head=nn.Conv2d(16, 2, 1))
+
+    def forward(self, x, path):
+        skip = self.blocks[0][path[0]](self.stem(x))
+        low = self.blocks[1][path[1]](self.down(skip))
+        return self.head(torch.cat([skip, self.up(low)], 1))
+
+class Rows(Own):
+    "Numbers and categories of a row to two outputs"
+    def __init__(self):
+        ops = [[nn.Linear(12, 12), nn.Sequential(nn.Linear(12, 12), nn.Tanh())],
+               [nn.Identity(), nn.Linear(12, 12)]]
+        super().__init__(ops, embedding=nn.Embedding(9, 4), norm=nn.BatchNorm1d(4), mean=nn.Linear(12, 1),
+                         spread=nn.Linear(12, 1))
+
+    def forward(self, x, path):
+        h = torch.cat([self.norm(x['numbers']), self.embedding(x['kinds']).flatten(1)], 1)
+        h = self.run(h, path)
+        return self.mean(h), self.spread(h).exp()
+
+class Saved(Own):
+    "Blocks that run again for their gradient, through weights that several of them share"
+    def __init__(self):
+        shared = nn.Linear(8, 8)
+        ops = [[nn.Sequential(shared, nn.ReLU()), nn.Sequential(nn.Dropout(.2), nn.Linear(8, 8))],
+               [nn.Sequential(shared, nn.Tanh()), nn.Identity()]]
+        super().__init__(ops, head=nn.Linear(8, 4))
+
+    def forward(self, x, path):
+        for ops,o in zip(self.blocks, path):
+            x = checkpoint(ops[o], x, use_reentrant=False) if self.training else ops[o](x)
+        return self.head(x)
+
+OWN = { # network, a path, input, names of the outputs
+    'images': (Images, (2, 1), (3, 8, 8), 'logits'), 'other images': (Images, (0, 2), (3, 8, 8), 'logits'),
+    'gru': (Sequences, (0,), torch.arange(12).view(2, 6)%9, 'logits'),
+    'lstm': (Sequences, (1,), torch.arange(12).view(2, 6)%9, 'logits'),
+    'patches': (Patches, (0, 1), (3, 8, 8), 'logits'), 'masks': (Masks, (1, 1), (3, 8, 8), 'logits'),
+    'rows': (Rows, (1, 1), dict(numbers=torch.rand(2, 4), kinds=torch.arange(4).view(2, 2)),
+             'output_0 output_1'),
+    'saved': (Saved, (0, 0), (8,), 'logits'), 'saved once': (Saved, (1, 1), (8,), 'logits')}
+each_own = pytest.mark.parametrize('make, path, x, outputs', OWN.values(), ids=OWN)
+
+def own_subnet(make, path):
+    torch.manual_seed(0)
+    net = make()
+    return net, subnet(net, path)
+
+def train_on(run, parameters, batch, n=4):
+    "Train any function by plain torch; return its losses."
+    opt = torch.optim.SGD(parameters, lr=.05, momentum=.9)
+    losses = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        loss = sum(out.square().mean() for out in tensors_in(run(batch)))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+@each_own
+def test_a_subnet_trains_as_its_network_does(make, path, x, outputs):
+    net, module = own_subnet(make, path)
+    batch = batches_like(x)[-1]
+    before = {name: t.clone() for name,t in module.state_dict().items()}
+    assert module.training and all(m.training for m in module.modules())
+    expected = train_on(lambda x: net.train()(x, path), net.parameters(), batch)
+    assert train_on(module, module.parameters(), batch) == pytest.approx(expected, rel=1e-5)
+    of_net = net.state_dict()
+    moved = 0
+    for name,t in module.state_dict().items():
+        torch.testing.assert_close(t, of_net[name.removeprefix('net.')], msg=name)
+        moved += not torch.equal(t, before[name])
+    assert moved == len(before) # every weight and statistic counts
+    for mode in False, True:
+        assert module.train(mode) is module and all(m.training == mode for m in module.modules())
+    module.eval()
+    net.eval()
+    check_same_values(module(batch), net(batch, path))
+    check_same_values(module(batch), module(batch))
+
+@each_own
+def test_a_subnet_is_copied(make, path, x, outputs):
+    net, module = own_subnet(make, path)
+    batch = batches_like(x)[-1]
+    expected = module.eval()(batch)
+    copied = copy.deepcopy(module)
+    assert type(copied) is type(module) and type(copied.net) is type(module.net) is make
+    with torch.no_grad():
+        for other in copied, net: # neither is the subnet
+            for p in other.parameters(): p.add_(1)
+    assert all(map(torch.equal, tensors_in(module(batch)), tensors_in(expected)))
+
+@each_own
+def test_a_subnet_is_pickled(make, path, x, outputs, tmp_path):
+    _, module = own_subnet(make, path)
+    module.eval()
+    torch.save(module, tmp_path/'module.pt')
+    torch.save(module.state_dict(), tmp_path/'weights.pt')
+    other = own_subnet(make, path)[1].eval()
+    for p in other.parameters(): p.data.zero_()
+    other.load_state_dict(torch.load(tmp_path/'weights.pt'))
+    loaded = torch.load(tmp_path/'module.pt', weights_only=False)
+    assert type(loaded.net) is make and loaded.path == path and not loaded.training
+    for batch in batches_like(x):
+        expected = tensors_in(module(batch))
+        for again in loaded, other: assert all(map(torch.equal, tensors_in(again(batch)), expected))
+
+@each_own
+def test_a_subnet_has_the_weights_of_its_path(make, path, x, outputs):
+    net, module = own_subnet(make, path)
+    on_path = {id(t) for l,o in enumerate(path) for t in net.blocks[l][o].parameters()}
+    off_path = {id(t) for p in net.blocks.parameters() for t in [p]} - on_path
+    names = {name for name,t in net.named_parameters(remove_duplicate=False) if id(t) not in off_path}
+    blocks = {f'blocks.{l}.{o}.' for l,o in enumerate(path)}
+    def is_read(name): return not name.startswith('blocks.') or any(map(name.startswith, blocks))
+    expected = {f'net.{name}': tuple(t.shape) for name,t in net.state_dict().items() if is_read(name)}
+    assert {name: tuple(t.shape) for name,t in module.state_dict().items()} == expected
+    assert sum(p.numel() for p in module.parameters()) == sum(
+        p.numel() for p in net.parameters() if id(p) not in off_path)
+    for l,o in enumerate(path): # in the classes that it was written in
+        assert type(module.net.blocks[l][o]) is type(net.blocks[l][o])
+
+@each_own
+def test_a_subnet_is_exported(make, path, x, outputs, tmp_path):
+    module = own_subnet(make, path)[1]
+    for p in module.parameters(): p.data.mul_(1.5)
+    train_on(module, module.parameters(), batches_like(x)[-1], n=1) # statistics of its own
+    to_torch_export(module, x, tmp_path/'module.pt2')
+    module.eval()
+    program = torch.export.load(tmp_path/'module.pt2').module()
+    for batch in batches_like(x): check_same_values(program(batch), module(batch))
+
+@each_own
+def test_a_subnet_is_written_as_onnx(make, path, x, outputs, tmp_path, capfd):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    module = own_subnet(make, path)[1]
+    to_onnx(module, x, tmp_path/'module.onnx')
+    assert not capfd.readouterr().out
+    module.eval()
+    session = onnxruntime.InferenceSession(tmp_path/'module.onnx', providers=['CPUExecutionProvider'])
+    assert [o.name for o in session.get_outputs()] == outputs.split()
+    for batch in batches_like(x):
+        arrays = {i.name: t.numpy() for i,t in zip(session.get_inputs(), tensors_in(batch), strict=True)}
+        check_same_values([*map(torch.tensor, session.run(None, arrays))], module(batch))
 
 # what fails
 
