@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'optimizer_state', 'load_optimizer_state', 'run_identity', 'run_state', 'generator_of',
-           'check_run', 'check_tensors', 'part_of', 'load_model', 'load_state', 'checkpoints', 'save_newest', 'tidy',
-           'load_newest', 'TrainingStopped', 'stop_training', 'first_not_finite', 'is_at_chance', 'log_name',
-           'CheckpointCallback', 'broken_images', 'plain_errors']
+           'check_run', 'check_tensors', 'part_of', 'all_tensors', 'prepare_load', 'load_model', 'load_state',
+           'checkpoints', 'save_newest', 'tidy', 'load_newest', 'TrainingStopped', 'stop_training', 'first_not_finite',
+           'is_at_chance', 'log_name', 'CheckpointCallback', 'broken_images', 'plain_errors']
 
 # %% ../nbs/52_checkpoint.ipynb #c6107e57
 import json, math, re, sys, time, zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path as FilePath
@@ -107,15 +107,12 @@ def _optimizers(learn:Learner) -> dict: # what must also agree to resume
     name = type(codes_opt).__name__ if codes_opt else None
     return dict(opt=type(learn.opt.opt).__name__, codes_opt=name)
 
-def _kept(net:nn.Module) -> dict[str, Tensor]: # frozen parameters and buffers: all but the banks
-    return dict(net.named_parameters()) | dict(net.named_buffers())
-
 def run_state(
     learn:Learner, # in training
 ) -> tuple[dict[str, Tensor], dict]: # tensors by name, and the rest for JSON
     "Return everything of a run in progress."
     cb = learn.k_shot
-    parts = dict(weights=learn.model.tensors(), stats=_kept(learn.model.net),
+    parts = dict(weights=learn.model.tensors(), stats=all_tensors(learn.model.net),
                  codes=cb.codes.state_dict(), opt=optimizer_state(learn.opt.opt),
                  rng=_random_states(learn))
     if cb.learns: parts['codes_opt'] = optimizer_state(cb.codes_opt)
@@ -172,17 +169,30 @@ def part_of(
     return {name.removeprefix(prefix): t for name,t in tensors.items() if name.startswith(prefix)}
 
 # %% ../nbs/52_checkpoint.ipynb #c3c0de06
-def _places(net:nn.Module, tensors:dict[str, Tensor]) -> dict: # name -> module, name in it
-    frozen = dict(net.named_parameters())
-    check_tensors({name: t for name,t in tensors.items() if name in frozen}, frozen)
+def all_tensors(
+    module:nn.Module, # any
+) -> dict[str, Tensor]: # by name
+    "Return parameters and buffers, those outside of its `state_dict` too."
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+def prepare_load(
+    module:nn.Module, # of the same kind
+    tensors:dict[str, Tensor], # what `all_tensors` returned
+) -> Callable[[], None]: # loads them
+    "Check tensors against a module; `ValueError` unless names agree, and shapes of parameters."
+    params = dict(module.named_parameters())
+    check_tensors({name: t for name,t in tensors.items() if name in params}, params)
     places = {}
-    for prefix,m in net.named_modules():
+    for prefix,m in module.named_modules():
         for leaf in (*m._parameters, *m._buffers): places[f'{prefix}.{leaf}'.lstrip('.')] = m, leaf
     for name,t in tensors.items():
         if name not in places: raise ValueError(f'{tuple(t.shape)} for tensor {name!r}, expected nothing')
-    return places
+    def put():
+        with torch.no_grad():
+            for name,t in tensors.items(): _put(t, *places[name])
+    return put
 
-def _put(t:Tensor, module:nn.Module, leaf:str): # a buffer may have been made or have grown in training
+def _put(t:Tensor, module:nn.Module, leaf:str):
     own = getattr(module, leaf)
     if own is not None and own.shape == t.shape: own.copy_(t)
     else: module._buffers[leaf] = t
@@ -199,12 +209,12 @@ def load_model(
     codes = learn.k_shot.codes
     banks = model.from_tensors(part_of(tensors, 'weights'))
     check_tensors(part_of(tensors, 'codes'), codes.state_dict())
-    kept = part_of(tensors, 'stats')
-    places = _places(model.net, kept)
     device = next(model.parameters()).device
+    kept = {name: t.to(device) for name,t in part_of(tensors, 'stats').items()}
+    load_kept = prepare_load(model.net, kept)
     with torch.no_grad():
         for key,bank in model.banks.items(): bank.copy_(banks[key])
-        for name,t in kept.items(): _put(t.to(device), *places[name])
+    load_kept()
     codes.load_state_dict(part_of(tensors, 'codes'))
 
 # %% ../nbs/52_checkpoint.ipynb #c3c0de07

@@ -9,26 +9,30 @@ __all__ = ['RETRAIN_RECIPES', 'RecipeName', 'OPTIMIZERS', 'Recipe', 'get_recipe'
 # %% ../nbs/66_retrain.ipynb #c5b76a4f
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path as FilePath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
-from .data import DataLoaders # before fastai: it silences a warning of fastai's import
+from .data import DataLoaders, batch_size, pairs # before fastai: no warning
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.learner import Learner
+from fastai.learner import Learner, mk_metric
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from .base.distributed import agree, average_, average_stats, is_first, world
+from .base.distributed import agree, average_, average_stats, gather, is_first, world
+from .base.inputs import Input, n_rows
 from .evaluate import accuracy_loss
-from .checkpoint import (broken_images, check_run, check_tensors, checkpoints, is_at_chance,
-                              load_newest, load_optimizer_state, optimizer_state, part_of,
-                              plain_errors, save_newest, stop_training, tidy)
-from .train import SkipValidation, by_decay, device_of, sgd, torch_optimizer
+from .checkpoint import (all_tensors, broken_images, check_run, check_tensors, checkpoints,
+                              generator_of, is_at_chance, load_newest, load_optimizer_state, log_name,
+                              optimizer_state, part_of, plain_errors, prepare_load, save_newest,
+                              stop_training, tidy)
+from .train import (ClassLoss, InputsCallback, LocalLoss, SkipValidation, by_decay,
+                         check_loaders, device_of, sgd, torch_optimizer)
 
 # %% ../nbs/66_retrain.ipynb #2cf4d8f6
 class Recipe(NamedTuple):
@@ -43,7 +47,8 @@ class Recipe(NamedTuple):
     lr_end:float=0.    # where the cosine ends, if there is no `decay`
     decay:float=0.     # factor on the learning rate every `decay_epochs`; 0: a cosine instead
     decay_epochs:float=0. # epochs between two decays
-    dropout:float=0.   # before the classifier
+    dropout:float=0.   # of layers whose rate is left open, such as the one before the classifier
+    all_dropout:bool=False # replace the rates that the network has, too?
     smoothing:float=0. # of labels
     ema:float=0.       # decay of the average of weights per step; 0: no average
     augment:Literal['mild', 'strong']='mild' # what to ask the data loader for
@@ -63,6 +68,7 @@ def get_recipe(
     epochs:int=0, # another number of them; 0: the recipe's
     lr:float=0.,  # another largest learning rate; 0: the recipe's, scaled with the batch
     bs:int=0,     # another batch size; 0: the recipe's
+    dropout:float|None=None, # of all dropout layers, 0-1; None: the recipe's, of those with rate 0
 ) -> Recipe:      # what `retrain` follows
     "Return a recipe, at another length, rate or batch size if asked; `ValueError` for a bad value."
     if name not in RETRAIN_RECIPES:
@@ -70,7 +76,10 @@ def get_recipe(
     for key,value in dict(epochs=epochs, lr=lr, bs=bs).items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{key}={value}, expected a positive number, or 0 for the recipe's")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f'dropout={dropout}, expected a rate, 0 <= dropout < 1')
     r = RETRAIN_RECIPES[name]
+    if dropout is not None: r = r._replace(dropout=dropout, all_dropout=True)
     if not bs or not r.bs: bs = r.bs
     epochs = epochs or r.epochs
     longer = epochs/r.epochs
@@ -139,13 +148,16 @@ class Average(AveragedModel):
 def set_dropout(
     module:nn.Module, # changed in place
     rate:float,       # chance that a number is dropped, 0-1
+    everywhere:bool=False, # replace rates above 0, too, and those of `Dropout2d` and its like?
 ):
-    "Give all dropout layers one rate; `ValueError` if there are none and the rate is above 0."
-    layers = [m for m in module.modules() if isinstance(m, nn.Dropout)]
+    "Set rates of dropout that are open; `ValueError` if no layer has one and the rate is above 0."
+    kind = _DropoutNd if everywhere else nn.Dropout
+    layers = [m for m in module.modules() if isinstance(m, kind)]
     if rate and not layers:
         raise ValueError(f'{type(module).__name__} has no Dropout layer, '
                          f'expected one for dropout={rate}')
-    for layer in layers: layer.p = rate
+    for layer in layers:
+        if everywhere or layer.p == 0: layer.p = rate
 
 class RecipeCallback(Callback):
     "Follow a recipe: learning rate, dropout, gradients of all processes, average of weights."
@@ -160,7 +172,7 @@ class RecipeCallback(Callback):
         self.average = None
 
     def before_fit(self):
-        set_dropout(self.learn.model, self.recipe.dropout)
+        set_dropout(self.learn.model, self.recipe.dropout, self.recipe.all_dropout)
         if self.recipe.ema: self.average = Average(self.learn.model, self.recipe.ema)
 
     def before_epoch(self):
@@ -177,6 +189,16 @@ class RecipeCallback(Callback):
     def after_step(self):
         if self.average: self.average.update_parameters(self.learn.model)
 
+# %% ../nbs/66_retrain.ipynb #d4c0de02
+def _no_metric(out, y) -> float: return 0.
+
+def _metric_of(loss_func, metric) -> tuple[Any, str]: # what to score by, and its name in the log
+    if metric is not None:
+        name = getattr(mk_metric(metric), 'name', 'metric') # None for a callable without a name
+        return metric, log_name(name).removesuffix('_valid')
+    is_of_classes = loss_func is None or isinstance(loss_func, nn.CrossEntropyLoss)
+    return (None, 'acc') if is_of_classes else (_no_metric, '')
+
 # %% ../nbs/66_retrain.ipynb #5dfbe990
 class RetrainCallback(Callback):
     "Score, log and save after each epoch, or resume; `ValueError` if a loss is not finite."
@@ -186,9 +208,13 @@ class RetrainCallback(Callback):
         folder:FilePath|None=None, # of the retraining; None: save nothing
         resume:bool=False, # resume from the newest checkpoint, if any? Otherwise there must be none
         progress:bool=False, # print a line per epoch?
+        loss_func:Callable|None=None, # as in `retrain`
+        metric:Any=None,              # likewise
     ):
         self.folder = folder and FilePath(folder)
         self.progress = progress
+        self.loss_func = loss_func
+        self.metric, self.metric_name = _metric_of(loss_func, metric)
         self.log = [] # a row per epoch
         self.start = 0 # epochs that an earlier run has done
         self.has_files = bool(folder and checkpoints(folder))
@@ -234,29 +260,43 @@ def _stop(self:RetrainCallback, reason:str, place:str=''):
 @patch
 def _score(self:RetrainCallback) -> dict: # a row of the log
     row = dict(epoch=self.epoch+1, lr=self.opt.hypers[-1]['lr'], loss=self.sum_losses/self.n_losses)
+
     modules = dict(valid=self.learn.model)
     average = self.learn.recipe.average
     if average: modules['ema'] = average.module
     for name,module in modules.items():
         average_stats(module)
-        acc, loss = accuracy_loss(module.eval(), self.dls.valid, is_sharded=True)
-        row |= {f'acc_{name}': acc, f'loss_{name}': loss}
+        value, loss = accuracy_loss(module.eval(), self._validation(), True, self.loss_func, self.metric)
+        if self.metric_name: row[f'{self.metric_name}_{name}'] = value
+        row[f'loss_{name}'] = loss
         self._check_loss(loss, f'validation ({name})')
     return row
 
+@patch
+def _validation(self:RetrainCallback) -> Iterator[tuple[Input, Input]]: # counts its rows
+    device = next(self.learn.model.parameters()).device
+    self.n_valid = 0
+    for x,y in pairs(self.dls.valid, device):
+        self.n_valid += n_rows(x)
+        yield x, y
+
+# %% ../nbs/66_retrain.ipynb #d4c0de01
 @patch
 def after_train(self:RetrainCallback):
     if self.epoch < self.start: return
     if self.losses: self._check_losses()
     row = self._score()
-    acc = row['acc_valid']
-    best = max((r['acc_valid'] for r in self.log), default=0.)
-    n_images = len(self.dls.valid)*self.dls.valid.bs
-    if is_at_chance(acc, best, self.dls.c, n_images):
-        self._stop(f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
+    n_classes = getattr(self.dls, 'c', None)
+    if 'acc_valid' in row and n_classes: self._check_accuracy(row['acc_valid'], n_classes)
     broken = broken_images(self.dls)
     if broken: row['broken'] = sorted(broken)
     self.log.append(row)
+
+@patch
+def _check_accuracy(self:RetrainCallback, acc:float, n_classes:int):
+    best = max((r.get('acc_valid', 0.) for r in self.log), default=0.)
+    if not is_at_chance(acc, best, n_classes, sum(gather(self.n_valid))): return
+    self._stop(f'accuracy {acc:.3f}, expected more than chance: it was {best:.3f}')
 
 @patch
 def after_epoch(self:RetrainCallback):
@@ -268,21 +308,27 @@ def after_epoch(self:RetrainCallback):
 
 # %% ../nbs/66_retrain.ipynb #55d3c9b5
 def _retrain_identity(learn:Learner) -> dict: # what must agree between a checkpoint and a run
-    shapes = {name: tuple(t.shape) for name,t in learn.model.state_dict().items()}
-    subnet = f"{getattr(learn.model, 'path', '')} {shapes}"
-    settings = learn.recipe.recipe._asdict() | dict(bs=learn.dls.train.bs, seed=learn.recipe.seed)
+    model = learn.model
+    modules = [(name, type(m).__name__) for name,m in model.named_modules()]
+    subnet = f'{modules} {getattr(model, "path", "")}'
+    settings = learn.recipe.recipe._asdict()
+    settings |= dict(bs=batch_size(learn.dls.train), seed=learn.recipe.seed)
     return dict(format=1, **settings, subnet=f'{zlib.crc32(subnet.encode()):08x}')
 
 @patch
 def _tensors(self:RetrainCallback) -> tuple[dict, dict]: # by name: of modules, of the rest
-    average = self.learn.recipe.average
-    modules = {}
-    for name,t in self.learn.model.state_dict().items(): modules[f'weights/{name}'] = t
-    if average:
-        for name,t in average.state_dict().items(): modules[f'ema/{name}'] = t
+    tensors = {}
+    for part,module in self._modules().items():
+        for name,t in all_tensors(module).items(): tensors[f'{part}/{name}'] = t
     rest = {f'opt/{name}': t for name,t in optimizer_state(self.opt.opt).items()}
-    rest['rng/loader'] = self.dls.train.generator.get_state()
-    return modules, rest
+    generator = generator_of(self.dls.train)
+    if generator: rest['rng/loader'] = generator.get_state()
+    return tensors, rest
+
+@patch
+def _modules(self:RetrainCallback) -> dict[str, nn.Module]: # by their part of a checkpoint
+    average = self.learn.recipe.average
+    return dict(weights=self.learn.model) | (dict(ema=average) if average else {})
 
 @patch
 def _save(self:RetrainCallback):
@@ -293,12 +339,17 @@ def _save(self:RetrainCallback):
 @patch
 def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
     check_run(meta, _retrain_identity(self.learn))
-    modules, rest = self._tensors() # the modules' own tensors, as they live in memory
-    check_tensors(tensors, modules | rest)
-    with torch.no_grad():
-        for name,t in modules.items(): t.copy_(tensors[name])
+    device = next(self.learn.model.parameters()).device
+    loads = []
+    for part,module in self._modules().items():
+        named = {name: t.to(device) for name,t in part_of(tensors, part).items()}
+        loads.append(prepare_load(module, named))
+    _, rest = self._tensors()
+    check_tensors({name: t for name,t in tensors.items() if name.startswith(('opt/', 'rng/'))}, rest)
+    for load in loads: load()
     load_optimizer_state(self.opt.opt, part_of(tensors, 'opt'))
-    self.dls.train.generator.set_state(tensors['rng/loader'])
+    generator = generator_of(self.dls.train)
+    if generator: generator.set_state(tensors['rng/loader'])
     self.log = meta['log']
     self.start = meta['epoch']
     if is_first(): tidy(self.folder, self.log)
@@ -306,7 +357,8 @@ def _load(self:RetrainCallback, tensors:dict[str, Tensor], meta:dict):
 # %% ../nbs/66_retrain.ipynb #2b905475
 class Retrained(NamedTuple):
     "What `retrain` returns."
-    log:list[dict]      # a row per epoch: epoch, lr, loss, acc_valid, loss_valid; acc_ema, loss_ema
+    log:list[dict]      # a row per epoch: epoch, lr, loss, acc_valid, loss_valid; acc_ema, loss_ema;
+                        # instead of acc the name of another metric
     ema:nn.Module|None  # averaged module in evaluation mode; None: the recipe has none
 
 def retrain(
@@ -318,22 +370,27 @@ def retrain(
     seed:int=0,        # of dropout
     progress:bool=False, # show a bar, and print a line per epoch?
     cbs:Sequence[Callback]=(), # further callbacks, such as fastai's `MixedPrecision`
+    loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy
+    metric:Any=None, # as in `accuracy_loss`; None: accuracy of a cross-entropy
 ) -> Retrained:
     "Train a plain module; `ValueError` for another run's folder or batch size, or a bad loss."
-    if recipe.bs not in (0, dls.train.bs):
-        raise ValueError(f'batch size {dls.train.bs}, expected {recipe.bs} as the recipe has it')
+    bs = batch_size(dls.train) or recipe.bs # not every loader knows it
+    if recipe.bs not in (0, bs):
+        raise ValueError(f'batch size {bs}, expected {recipe.bs} as the recipe has it')
+    check_loaders(dls)
     module = module.to(device_of(dls))
     follow = RecipeCallback(recipe, seed)
-    keep = RetrainCallback(folder, resume, progress)
-    loss_func = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+    keep = RetrainCallback(folder, resume, progress, loss_func, metric)
+    loss_func = loss_func or ClassLoss(label_smoothing=recipe.smoothing)
     opt_func = partial(OPTIMIZERS[recipe.opt], wd=recipe.wd)
     learn = Learner(dls, module, loss_func, lr=recipe.lr, opt_func=opt_func, splitter=by_decay)
+    learn.recorder.smooth_loss = LocalLoss()
     device = next(module.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == 'cuda' else []))
         if not progress: stack.enter_context(learn.no_bar())
         stack.enter_context(learn.no_logging())
         stack.enter_context(plain_errors())
-        learn.fit(recipe.epochs, cbs=[follow, keep, SkipValidation(), *cbs])
+        learn.fit(recipe.epochs, cbs=[InputsCallback(), follow, keep, SkipValidation(), *cbs])
     module.eval()
     return Retrained(keep.log, follow.average and follow.average.module)

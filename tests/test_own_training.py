@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from kshot.base.inputs import map_tensors
 from kshot.checkpoint import CheckpointCallback, load_model, load_newest
 from kshot.data import TensorLoader, as_pair, loaders
+from kshot.retrain import get_recipe, lr_at, retrain
 from kshot.simplex import SimplexNet, UniformCode, VertexCode
 from kshot.space import Block, Space
-from kshot.train import ClassLoss, accuracy, kshot_learner, torch_optimizer, train_alone
+from kshot.train import ClassLoss, accuracy, by_decay, kshot_learner, torch_optimizer, train_alone
 
 def space_of(*sizes):
     "Name the ops of blocks by their numbers."
@@ -598,3 +599,109 @@ def test_metrics_are_logged_by_name(tmp_path):
     _, loss, *values = learn.recorder.values[-1]
     assert [row['loss_valid'], row['mae_valid'], row['r2_score_valid']] == pytest.approx([loss, *values])
     assert 'acc_valid' not in row
+
+# retraining
+
+class AtPath(nn.Module):
+    "The plain module of one path"
+    def __init__(self, net, path=(1,)):
+        super().__init__()
+        self.net = net
+        self.path = path
+    def forward(self, x): return self.net(x, self.path)
+
+def retrain_by_hand(module, batches, loss_func, recipe):
+    "Follow a recipe of SGD by plain torch."
+    opt = torch.optim.SGD(by_decay(module)[0], recipe.lr, .9, weight_decay=recipe.wd, nesterov=True)
+    opt.add_param_group(dict(params=by_decay(module)[1], weight_decay=0.))
+    for step in range(recipe.epochs*len(batches)):
+        for group in opt.param_groups: group['lr'] = lr_at(step, len(batches), recipe)
+        x, y = batches[step % len(batches)]
+        loss_func(module(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_retraining_is_plain_training(kind):
+    net, x, y, loss_func = make(kind)
+    module, by_hand = AtPath(net), AtPath(copy.deepcopy(net))
+    recipe = get_recipe('quick', epochs=2)
+    dls = of_tensors(x, y)
+    log, _ = retrain(module, dls, recipe, loss_func=loss_func)
+    plain_loss = loss_func or nn.CrossEntropyLoss()
+    retrain_by_hand(by_hand, [*dls.train], plain_loss, recipe)
+    for p,q in zip(module.parameters(), by_hand.parameters()): torch.testing.assert_close(p, q)
+    (xb, yb), = dls.valid
+    with torch.no_grad(): loss = plain_loss(by_hand.eval()(xb), yb).item()
+    assert log[-1]['loss_valid'] == pytest.approx(loss, abs=1e-5)
+    assert ('acc_valid' in log[-1]) == (loss_func is None or kind == 'weighted')
+
+def test_retraining_by_a_metric_of_ones_own():
+    net, x, y, loss_func = make('several_numbers')
+    def closeness(out, y): return -(out-y).abs().mean()
+    names = dict(closeness=closeness, r2_score=R2Score(), acc=accuracy)
+    recipe = get_recipe('quick', epochs=1)
+    for name,metric in names.items():
+        key = f'{name}_valid'
+        if metric is accuracy: net, x, y, loss_func = make('rows')
+        module = AtPath(copy.deepcopy(net))
+        log, _ = retrain(module, of_tensors(x, y), recipe, loss_func=loss_func, metric=metric)
+        assert math.isfinite(log[0][key]) and len(log[0]) == 5
+        if metric is closeness:
+            assert log[0][key] == pytest.approx(closeness(module(x[16:]), y[16:]).item(), abs=1e-6)
+
+@pytest.mark.parametrize('make_loaders', [of_torch, of_fastai])
+@pytest.mark.parametrize('n_classes', [None, 3])
+def test_retraining_on_any_loader(tmp_path, make_loaders, n_classes):
+    net, x, y, _ = make('images')
+    modules = []
+    recipe = get_recipe('quick', epochs=2)
+    for dls in (make_loaders(x, y), of_tensors(x, y)):
+        if n_classes: dls.c = n_classes
+        modules.append(AtPath(copy.deepcopy(net)))
+        retrain(modules[-1], dls, recipe, tmp_path/str(len(modules)))
+    for p,q in zip(*(module.parameters() for module in modules)): torch.testing.assert_close(p, q)
+
+def test_retraining_on_two_inputs():
+    torch.manual_seed(0)
+    module = AtPath(Net(Both(), linear_ops(), head()))
+    before = module.net.stem.b.weight.detach().clone()
+    log, _ = retrain(module, two_inputs(), get_recipe('quick', epochs=1))
+    assert not module.net.stem.b.weight.equal(before) and math.isfinite(log[0]['loss_valid'])
+
+def test_retraining_resumes_buffers_of_all_sorts(tmp_path):
+    def run(name, **kwargs):
+        torch.manual_seed(0)
+        module = AtPath(moving())
+        dls = of_torch(randn(5), CLASSES, shuffle=True, generator=torch.Generator().manual_seed(5))
+        retrain(module, dls, get_recipe('quick', epochs=3), tmp_path/name, **kwargs)
+        return dict(module.named_parameters()) | dict(module.named_buffers())
+    class Interrupt(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    expected = run('whole')
+    with pytest.raises(KeyboardInterrupt): run('parts', cbs=[Interrupt()])
+    assert same(expected, run('parts', resume=True))
+
+def dropouts(module): return [m.p for m in module.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
+
+@pytest.mark.parametrize('args,rates', [
+    (dict(name='quick'), [.1, .3, .5, 0.]), (dict(name='strong', bs=8), [.1, .3, .5, .2]),
+    (dict(name='quick', dropout=.4), [.4]*4), (dict(name='strong', bs=8, dropout=0.), [0.]*4)])
+def test_rates_of_dropout_that_the_author_chose_stay(args, rates):
+    op = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Dropout(.1), nn.Dropout2d(.3))
+    last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Dropout(0.), head())
+    module = AtPath(Net(nn.Conv2d(2, 6, 3), [nn.Identity(), op], last))
+    seen = []
+    class Look(Callback):
+        def before_batch(self): seen.append(dropouts(self.model))
+    retrain(module, of_tensors(randn(2, 5, 5), CLASSES), get_recipe(epochs=1, **args), cbs=[Look()])
+    assert seen == [rates]*2
+
+def test_frozen_parameters_stay_in_retraining():
+    net, x, y, _ = make('rows')
+    net.stem.requires_grad_(False)
+    module = AtPath(net)
+    before = copy.deepcopy(net.stem.state_dict())
+    retrain(module, of_tensors(x, y), get_recipe('quick', epochs=1))
+    assert same(before, net.stem.state_dict())

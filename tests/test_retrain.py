@@ -104,7 +104,7 @@ def test_another_run_is_refused(interrupted, kwargs, error):
         run(small_net(), interrupted, resume=True, **kwargs)
 
 def test_another_network_is_refused(interrupted):
-    error = r"\(4, 1, 3, 3\) for tensor 'weights/0.weight', expected \(5, 1, 3, 3\)"
+    error = r"\(4, 1, 3, 3\) for tensor '0.weight', expected \(5, 1, 3, 3\)"
     with pytest.raises(ValueError, match=error):
         run(small_net(channels=5), interrupted, resume=True)
 
