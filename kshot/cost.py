@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from .base.inputs import Input, example_input, map_tensors, shapes_of
-from .networks import (OffPath, Op, Ops, Unread, block_sizes, check_path, copy_network,
+from .networks import (Op, Ops, Unread, block_sizes, check_path, copy_network,
                             count_params, is_chain, kept_tensors, op_modules, op_owners, reads, subnet)
 from .nets.layers import Crop, SupernetOnly
 from .nets.sharing import SplitNet
@@ -71,7 +71,7 @@ def count_macs(
 def _count_twice(count:Callable[[Input], object], x:Input|Sequence[int], reason:str) -> object:
     example = example_input(x)
     try: first, second = [count(_random_like(example)) for _ in range(2)]
-    except OffPath: raise
+    except ValueError: raise
     except Exception as e:
         raise ValueError(f'the network fails on an input of shape {shapes_of(example)}: {reason}; '
                          f'on the CPU: {_reason(e)}') from e
@@ -198,7 +198,7 @@ def _run_with_data(self:Cost, path:Path, ops:list[tuple], x:Input) -> tuple[dict
 def _macs(self:Cost, parts:_Parts, path:Path, ops:list[tuple]) -> tuple[dict, set]: # as `_run`
     try:
         if not self.reason: return self._run(parts, path, ops, self.x)
-    except OffPath: raise
+    except ValueError: raise # of the network's own, or an op that the path does not name
     except Exception as e: self.reason = _reason(e)
     return _count_twice(lambda x: self._run_with_data(path, ops, x), self.example, self.reason)
 

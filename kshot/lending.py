@@ -18,21 +18,21 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 from .base.inputs import Input, tensors_in
-from .networks import OffPath, is_channels_last, laid_out
+from .networks import is_channels_last, laid_out
 from .space import Path
 
 # %% ../nbs/19_lending.ipynb #19b1e005
 class NotLent:
-    "Stand for a weight that is not lent; any use raises `OffPath`, a `ValueError`."
+    "Stand for a weight that is not lent; any use raises `ValueError`."
     def __init__(self,
         name:str, # of the weight
     ):
         self.name = name
 
     def refuse(self, *_):
-        "Raise `OffPath`."
-        raise OffPath(f'weight {self.name!r} is used by a path that does not name its op: '
-                      'the path or `reads(path)` must')
+        "Raise `ValueError`."
+        raise ValueError(f'weight {self.name!r} is used by a path that does not name its op: '
+                         'the path or `reads(path)` must')
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Op', 'Ops', 'Kernel', 'OpOn', 'Chain', 'WidthChain', 'is_chain', 'is_tree', 'chain', 'digits_net', 'macro_net',
            'mobilenet_net', 'shufflenet_net', 'op_modules', 'block_sizes', 'check_path', 'op_owners', 'reads',
-           'is_channels_last', 'laid_out', 'OffPath', 'Unread', 'Subnet', 'kept_tensors', 'copy_network', 'subnet',
-           'Sharing', 'share', 'count_params']
+           'is_channels_last', 'laid_out', 'Unread', 'Subnet', 'kept_tensors', 'copy_network', 'subnet', 'Sharing',
+           'share', 'count_params']
 
 # %% ../nbs/15_networks.ipynb #68079217
 import copy
@@ -277,9 +277,6 @@ def laid_out(
     return x if is_last else map_tensors(Tensor.contiguous, x)
 
 # %% ../nbs/15_networks.ipynb #0c75794e
-class OffPath(ValueError):
-    "A path uses an op that it does not name."
-
 class Unread(nn.Module):
     "Stand for an op that a subnet does not read."
     def __init__(self,
@@ -289,9 +286,9 @@ class Unread(nn.Module):
         self.name = name
 
     def forward(self, *args, **kwargs):
-        "Raise `OffPath`."
-        raise OffPath(f'op {self.name!r} is used by a path that does not name it: '
-                      'the path or `reads(path)` must')
+        "Raise `ValueError`."
+        raise ValueError(f'op {self.name!r} is used by a path that does not name it: '
+                         'the path or `reads(path)` must')
 
 class Subnet(nn.Module):
     "Run a network at one path."
