@@ -110,9 +110,12 @@ class _Totals:
         self.rows.append((*values, *losses, sums.n_wrong if sums else 0))
 
     def sums(self) -> list[float]:
-        "Return what `rows` sum to; waits for the device."
-        columns = [torch.stack([*map(torch.as_tensor, column)]) for column in zip(*self.rows)]
-        return [column.cpu().double().sum().item() for column in columns] or [0.]*5
+        "Return what `rows` sum to; waits for the device once."
+        if not self.rows: return [0.]*5
+        device = next((v.device for v in self.rows[0] if isinstance(v, Tensor)), 'cpu')
+        def on_device(v): return torch.as_tensor(v, device=device)
+        table = torch.stack([torch.stack([*map(on_device, row)]) for row in self.rows])
+        return table.cpu().double().sum(0).tolist()
 
 def _no_classes(targets:str) -> ValueError:
     return ValueError(f'targets {targets}, expected classes or probabilities of the classes: '
@@ -244,7 +247,7 @@ def recalibrate_bn(
     "Return statistics of one path's norms: reset, then averaged; `ValueError` without a batch."
     stats = fresh_stats(supernet, path)
     counters = [name for name in stats if name.endswith('num_batches_tracked')]
-    for name in counters: stats[name] = stats[name].cpu()
+    for name in counters: stats[name] = torch.zeros_like(stats[name], device='cpu') # read there
     norms = _norms_of(supernet, stats)
     device = next(supernet.parameters()).device
     xs = [x for x,_ in pairs(batches, device)]
@@ -331,7 +334,9 @@ def _all_weights(supernet:Supernet) -> tuple[dict, dict]: # of one supernet
         path = tuple(min(o, n-1) for n in supernet.sizes)
         weights |= supernet.weights([path], one)[0]
         stats |= fresh_stats(supernet, path)
-    return weights, {n: t.cpu() if n.endswith('_tracked') else t for n,t in stats.items()}
+    for name,t in stats.items():
+        if name.endswith('_tracked'): stats[name] = torch.zeros_like(t, device='cpu')
+    return weights, stats
 
 # %% ../nbs/58_evaluate.ipynb #ebc16e69
 @_plain_errors()

@@ -300,6 +300,7 @@ class OtherPathsCallback(Callback):
         if event_name in ('after_pred', 'after_loss', 'after_backward'): super().__call__(event_name)
 
     def after_pred(self):
+        if self.k_shot.is_simplex_step or len(self.k_shot.paths) == 1: return
         kind = self.k_shot.leaves.device.type
         is_on = torch.is_autocast_enabled(kind)
         self.autocast = kind, torch.get_autocast_dtype(kind) if is_on else None, is_on
