@@ -26,7 +26,7 @@ from .networks import Sharing
 from .sampler import SamplerName, UniformSampler, get_sampler
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode, width_discrimination
 from .space import Path, Space
-from .train import DropPathCallback, Learner, Mode, kshot_learner, sgd
+from .train import DropPathCallback, Learner, Mode, accuracy, kshot_learner, sgd
 
 # %% ../nbs/80_config.ipynb #43e57111
 Codes = Literal['simplex', 'uniform', 'vertex', 'free']
@@ -273,7 +273,9 @@ def make_learner(
     bf16 = config.bf16 and dls.device.type == 'cuda'
     learn = kshot_learner(
         net, space, dls, config.K, make_codes(config), make_sampler,
-        opt_func=partial(sgd, wd=config.wd), even_step=config.even_step, apart=config.apart,
+        opt_func=partial(sgd, wd=config.wd), loss_func=benchmark.loss_func,
+        metrics=accuracy if benchmark.metric is None else benchmark.metric,
+        even_step=config.even_step, apart=config.apart,
         track_bn=config.track_bn, bf16=bf16,
         mode=config.mode, lr_codes=config.lr_codes, warmup=config.warmup,
         regularize=_regularization(config, space))

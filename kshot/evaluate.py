@@ -7,7 +7,7 @@ __all__ = ['Batches', 'accuracy_loss', 'evaluating', 'recalibrate_bn', 'score_pa
            'score_paths']
 
 # %% ../nbs/58_evaluate.ipynb #b525054c
-import copy
+import copy, math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from .base.distributed import average_, mean, world
 from .base.inputs import Input, map_tensors, n_rows, tensors_in
 from .data import pairs
 from . import networks
-from .networks import check_path
+from .lending import is_torchs_norm
+from .networks import check_path, laid_out
 from .space import Path, Space
 from .supernet import Supernet, fresh_stats
 
@@ -63,7 +63,7 @@ def _own_metric(metric:Any, is_sharded:bool) -> Any: # a fresh metric of fastai,
     if isinstance(metric, type): metric = metric()
     if not hasattr(metric, 'accumulate'): return metric
     if is_sharded and world().size > 1:
-        name = type(metric).__name__
+        name = getattr(metric, 'name', type(metric).__name__)
         raise ValueError(f'metric {name} in {world().size} processes, expected one or a function')
     metric = copy.deepcopy(metric)
     metric.reset()
@@ -139,8 +139,11 @@ def accuracy_loss(
     value, n_metric, loss, n_loss, n_wrong = sums
     if n_wrong: raise _no_classes('outside the classes of the outputs')
     if not n_metric or not n_loss: raise ValueError('nothing to score on, expected some targets')
-    if not hasattr(metric, 'accumulate'): return value/n_metric, loss/n_loss
-    return float('nan' if metric.value is None else metric.value), loss/n_loss
+    value /= n_metric
+    loss /= n_loss
+    if hasattr(metric, 'accumulate'): # sklearn's raise an error for outputs that are NaN
+        value = metric.value if math.isfinite(loss) else None
+    return float('nan' if value is None else value), loss
 
 # %% ../nbs/58_evaluate.ipynb #dd9cc4f4
 @contextmanager
@@ -186,7 +189,7 @@ def _average(
     run:Callable, # x -> output
 ) -> tuple[list, Counter]: # outputs; calls of the norms that don't count for themselves
     "Run a network on each batch, while its norms average over their calls."
-    own = [m for m in norms if type(m).forward is not _BatchNorm.forward]
+    own = [m for m in norms if not is_torchs_norm(m)]
     try:
         with _averaging(norms, own) as calls: return [run(x) for x in xs], calls
     except TypeError: # F.batch_norm was handed a momentum of None
@@ -199,30 +202,36 @@ def _average(
     return outs, calls
 
 # %% ../nbs/58_evaluate.ipynb #5c0e000c
-def _norms_of(supernet:Supernet, stats:dict) -> dict[str, nn.Module]: # by name, each module once
-    names = [name.rpartition('.')[0] for name in stats if name.endswith('.running_mean')]
-    return {name: supernet.net.get_submodule(name) for name in names}
+def _norm_of(name:str) -> str: # name of a statistic -> that of its norm
+    return name.rpartition('.')[0]
 
 def _average_over_ranks(stats:dict[str, Tensor], n_calls:dict[str, int]): # by name of a norm
-    "Average statistics in place, each norm's by its calls."
-    means = [stats[f'{name}.running_mean'] for name in n_calls]
-    variances = [stats[f'{name}.running_var'] for name in n_calls]
-    calls = means[0].new_tensor([*n_calls.values()])
-    for t,n in zip(means+variances, calls.repeat(2)): t.mul_(n)
-    average_([calls, *means, *variances])
-    for t,n in zip(means+variances, calls.repeat(2)): t.div_(n)
+    "Average statistics in place, each norm's by its calls, and add up counts."
+    averaged = {name: t for name,t in stats.items() if t.is_floating_point()}
+    if not averaged: return
+    tensors = [*averaged.values()]
+    calls = tensors[0].new_tensor([n_calls[_norm_of(name)] for name in averaged])
+    for t,n in zip(tensors, calls): t.mul_(n)
+    average_([calls, *tensors])
+    for t,n in zip(tensors, calls): t.div_(n)
+    counts = [t for name,t in stats.items() if name not in averaged]
+    n_on_all = mean([int(t) for t in counts])
+    for t,n in zip(counts, n_on_all): t.fill_(round(n*world().size))
 
 # %% ../nbs/58_evaluate.ipynb #5c0e000d
-def _check_moved(norms:dict, n_calls:dict, stats:dict, run:Callable, x:Input):
+def _check_moved(stats:dict, n_calls:dict, run:Callable, x:Input):
     "Raise `ValueError` if the network reads statistics that no call has moved."
-    still = [name for name in norms if not n_calls[name] and not stats[f'{name}.running_mean'].any()]
-    tensors = [stats[f'{name}.running_mean'] for name in still]
+    still = {}
+    for name,t in stats.items():
+        if n_calls[_norm_of(name)] or not name.endswith('mean') or t.any(): continue
+        still[name] = t
     if not still: return
-    for t in tensors: t.fill_(float('nan'))
+    for t in still.values(): t.fill_(float('nan'))
     is_read = any(t.isnan().any() for t in tensors_in(run(x)))
-    for t in tensors: t.zero_()
+    for t in still.values(): t.zero_()
     if is_read:
-        raise ValueError(f'norm {still[0]!r} has statistics that the network reads and never moves, '
+        norm = _norm_of(next(iter(still)))
+        raise ValueError(f'norm {norm!r} has statistics that the network reads and never moves, '
                          'expected a call of it, or F.batch_norm with its own training and momentum')
 
 @contextmanager
@@ -248,7 +257,7 @@ def recalibrate_bn(
     stats = fresh_stats(supernet, path)
     counters = [name for name in stats if name.endswith('num_batches_tracked')]
     for name in counters: stats[name] = torch.zeros_like(stats[name], device='cpu') # read there
-    norms = _norms_of(supernet, stats)
+    norms = {name: supernet.net.get_submodule(name) for name in dict.fromkeys(map(_norm_of, stats))}
     device = next(supernet.parameters()).device
     xs = [x for x,_ in pairs(batches, device)]
     _check_any(len(xs), is_sharded)
@@ -258,7 +267,7 @@ def recalibrate_bn(
         n_calls = {}
         for name,m in norms.items():
             n_calls[name] = int(stats.get(f'{name}.num_batches_tracked', 0)) or calls[m]
-        if xs: _check_moved(norms, n_calls, stats, run, xs[0])
+        if xs: _check_moved(stats, n_calls, run, xs[0])
     if is_sharded: _average_over_ranks(stats, {name: n or len(xs) for name,n in n_calls.items()})
     for name in counters: stats[name] = stats[name].to(device)
     return stats
@@ -367,9 +376,11 @@ def score_chain(
             return
         for o,group in groupby(paths, key=lambda p: p[l]):
             walk(list(group), l+1, *advance(f'blocks.{l}.{o}', calibration, inputs))
-    calibrating = calibration and [x for x,_ in pairs(calibration, device)]
+    def inputs_of(batches):
+        return [laid_out(x, supernet.lender.is_channels_last) for x,_ in pairs(batches, device)]
+    calibrating = calibration and inputs_of(calibration)
     with evaluating(supernet):
-        walk(sorted(set(paths)), 0, *advance('stem', calibrating, [x for x,_ in batches]))
+        walk(sorted(set(paths)), 0, *advance('stem', calibrating, inputs_of(batches)))
     return scores
 
 # %% ../nbs/58_evaluate.ipynb #a2e28ac8
@@ -391,8 +402,8 @@ def score_paths(
     columns = 'acc_super' if metric is None else 'metric_super', 'loss_super'
     if not paths: return pd.DataFrame({name: [] for name in ('path', *columns)})
     all_codes = codes(paths)
-    is_simple = supernet.K == 1 and not supernet.lender.own_norms and not is_sharded
-    is_tree = is_simple and networks.is_tree(supernet.net) and isinstance(batches, list)
+    is_simple = supernet.K == 1 and not is_sharded and isinstance(batches, list)
+    is_tree = is_simple and networks.is_tree(supernet.net) and _has_separate_norms(supernet)
     own = dict(loss_func=loss_func, metric=metric)
     def score(path, code):
         return score_path(supernet, path, code, batches, calibration, is_sharded, **own)
@@ -402,6 +413,11 @@ def score_paths(
         else: scores = {path: score(path, code) for path,code in zip(paths, all_codes)}
     names = [space.format(p) for p in paths]
     return pd.DataFrame([scores[p] for p in paths], columns=columns).assign(path=names)[['path', *columns]]
+
+def _has_separate_norms(supernet:Supernet) -> bool: # does each belong to one module of the chain?
+    norms = {supernet.net.get_submodule(name) for name in supernet.norms}
+    modules = [m for _,m in supernet.net.named_modules(remove_duplicate=False) if m in norms]
+    return len(modules) == len(norms) and all(map(is_torchs_norm, norms))
 
 def _check_lasting(batches:Batches, calibration:Batches|None):
     for o in (batches, calibration):

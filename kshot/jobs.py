@@ -17,7 +17,6 @@ from .data import held # before fastai: it silences a warning of fastai's import
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .base.distributed import agree, distributed, gather, is_first
 from .base.files import locked
-from .base.inputs import shapes_of, tensors_in
 from .benchmark import Benchmark, get_benchmark
 from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
 from .evaluate import accuracy_loss, score_path
@@ -208,7 +207,7 @@ def _about_subnet(config:Config, result:dict, path:Path, dls) -> dict: # what `s
     about = net_args(config, dls.c)
     space = space_of(config)
     about = dict(space=about.pop('name'), **about, native=space.native(path))
-    return about | dict(x_shape=shapes_of(example_of(config, dls))) | result | dict(path=path)
+    return about | dict(x_shape=example_of(config, dls)) | result | dict(path=path)
 
 # %% ../nbs/88_jobs.ipynb #ac3191ef
 def _half_precision(config:Config, dls) -> list: # callbacks
@@ -252,7 +251,8 @@ def retrain_run(
         with lock_run(own):
             show = progress and is_first()
             cbs = _half_precision(config, dls)
-            _, ema = retrain(module, dls, settings, own, True, seed, show, cbs)
+            options = dict(resume=True, seed=seed, progress=show, cbs=cbs)
+            _, ema = retrain(module, dls, settings, own, **options, **benchmark.scoring)
         scores = _scores_alone(ema or module, dls, benchmark)
         result = dict(path=name, **scores, recipe=recipe, epochs=epochs, bs=bs, seed=seed)
         example = example_of(config, dls)
@@ -275,7 +275,6 @@ def export_run(
     folder = FilePath(folder)
     module, about = load_subnet(folder)
     writers = {'pt2': to_torch_export} | ({'onnx': to_onnx} if onnx else {})
-    x_shape = get_benchmark(about['space']).x_shape
-    example = x_shape if tensors_in(x_shape) else tuple(about['x_shape'])
-    for suffix,write in writers.items(): write(module, example, folder/f'subnet.{suffix}')
+    for suffix,write in writers.items():
+        write(module, about['x_shape'], folder/f'subnet.{suffix}')
     return [folder/f'subnet.{suffix}' for suffix in ('safetensors', 'json', *writers)]

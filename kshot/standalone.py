@@ -24,7 +24,7 @@ from .data import get_data
 from .evaluate import accuracy_loss
 from .networks import subnet
 from .tables import Table, write_table
-from .train import train_alone
+from .train import accuracy, train_alone
 
 # %% ../nbs/74_standalone.ipynb #84da8619
 def train_path(
@@ -41,7 +41,8 @@ def train_path(
     dls = get_data(benchmark.data or name, seed=seed)
     ops = benchmark.space.parse(path)
     module = subnet(net, ops)
-    train_alone(module, dls, epochs)
+    metrics = accuracy if benchmark.metric is None else benchmark.metric
+    train_alone(module, dls, epochs, loss_func=benchmark.loss_func, metrics=metrics)
     module.eval()
     macs, n_params = Cost(net, benchmark.x_shape)([ops])[0].tolist()
     row = dict(path=path, dataset=benchmark.name, epochs=epochs, seed=seed, n_runs=1, macs=macs,

@@ -5,9 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 from helpers import processes
 from helpers.processes import command
+from sklearn.metrics import r2_score
+
+from kshot.benchmark import get_benchmark
+from kshot.tables import get_table
 
 MODULE = '''
 import torch
@@ -138,6 +144,97 @@ def test_no_recipe_and_no_data(folder):
     code, _, err = call('train', folder, *argv)
     assert code == 2 and 'expected a data set' in err and err.count('\n') == 1
     assert not (folder/'runs'/'empty').exists()
+
+OTHER_KINDS = '''
+import torch
+from fastai.metrics import R2Score
+from torch import nn
+from torch.nn import functional as F
+from kshot.base.distributed import World
+from kshot.benchmark import Benchmark, Training
+from kshot.data import TensorLoader, loaders
+from kshot.space import Block, Space
+
+def space_of(name): return Space(name, tuple(Block(f'block {l}', ('plain', 'normed')) for l in range(2)))
+
+class Rows(nn.Module):
+    "Rows of four numbers -> one number."
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        def ops(): return [nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]
+        self.blocks = nn.ModuleList(nn.ModuleList(ops()) for _ in range(2))
+        self.head = nn.Linear(8, 1)
+
+    def embed(self, x): return self.stem(x)
+
+    def forward(self, x, path):
+        x = self.embed(x)
+        for ops,o in zip(self.blocks, path): x = x + ops[o](x)
+        return self.head(x)
+
+class Texts(Rows):
+    "Tokens, some of them masked -> two classes."
+    def __init__(self, n_classes=2):
+        super().__init__()
+        self.stem = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, n_classes)
+
+    def embed(self, x):
+        mask = x['mask'][...,None]
+        return (self.stem(x['ids'])*mask).sum(1)/mask.sum(1)
+
+def draw(n):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 4, generator=generator)
+    ids = torch.randint(1, 20, (n, 5), generator=generator)
+    texts = dict(ids=ids, mask=(torch.rand(n, 5, generator=generator) < .8).float() + 1e-3)
+    return x/4, x[:,:1] - x[:,1:2]/4, texts, (ids[:,0] < 10).long()
+
+def data_of(part, n_classes):
+    def data(bs=32, seed=0, passes=1, shard=World()):
+        (x, y), valid, test = [draw(n)[part] for n in (96, 32, 33)]
+        train = TensorLoader(x, y, bs, shuffle=True, seed=seed, passes=passes, shard=shard)
+        rest = [TensorLoader(*split, bs=16, shard=shard) for split in (valid, test)]
+        return loaders(n_classes, train, *rest)
+    return data
+
+recipe = Training(epochs=3, bs=16, lr=.02)
+rows = Benchmark('rows', space_of('rows'), Rows, (4,), recipe, data=data_of(slice(0, 2), 1),
+                 loss_func=F.mse_loss, metric=R2Score())
+texts = Benchmark('texts', space_of('texts'), Texts, draw(2)[2], recipe, data=data_of(slice(2, 4), 2))
+'''
+
+@pytest.mark.parametrize('name, measure', [('rows', 'metric'), ('texts', 'acc')])
+def test_other_kinds_of_networks_go_all_the_way(name, measure, tmp_path, monkeypatch):
+    "Regression by R², and classes of masked tokens: train, table, rank, search, retrain, export."
+    (tmp_path/f'kinds_{name}.py').write_text(OTHER_KINDS)
+    space = f'kinds_{name}:{name}'
+    trained = result('train', tmp_path, '--space', space, '--K', '2')
+    assert ('r2_score_valid' if name == 'rows' else 'acc_valid') in trained
+    quick = '--epochs', '1', '--seeds', '1', '--workers', '1'
+    result('tables', tmp_path, 'make', space, *quick, '--runs', 'home')
+    table = get_table(str(tmp_path/'home'/'tables'/f'{name}.parquet'))
+    assert ('holds the metric' in table.source) == (measure == 'metric')
+    assert {'supernet', 'supernet_loss', 'macs'} <= result('rank', tmp_path).keys()
+    scores = pd.read_parquet(tmp_path/'runs'/'run'/'scores.parquet')
+    assert len(scores) == 4 and scores[f'{measure}_super'].max() <= 1
+    best = result('search', tmp_path, '--n_paths', '4', '--algorithm', 'exhaustive')
+    assert best['path'] == scores.path[scores.loss_super.idxmin()]
+    retrained = result('retrain', tmp_path, '--epochs', '1')
+    names = {f'{measure}_{part}' for part in ('super', 'valid', 'alone')}
+    assert {key for key in best | retrained if key.startswith(('acc_', 'metric_'))} == names
+    result('export', tmp_path)
+    exported = torch.export.load(tmp_path/'runs'/'run'/'subnet.pt2').module()
+    monkeypatch.chdir(tmp_path)
+    *_, test = get_benchmark(space).data()
+    x, y = test.x, test.y
+    with torch.no_grad(): out = exported(x)
+    right = r2_score(y, out) if name == 'rows' else (out.argmax(1) == y).float().mean()
+    assert abs(right - retrained[f'{measure}_alone']) < 1e-5
+    report = (tmp_path/'runs'/'run'/'report.html').read_text()
+    drawn = report.partition('<main>')[2].partition('</main>')[0] # without plotly itself
+    assert ('ccuracy' in drawn) == (measure == 'acc')
 
 BAD = {
     'missing:benchmark': "module 'missing' is neither installed nor in the folder",

@@ -19,7 +19,7 @@ from .command import command, either
 from ..config import Config
 from ..base.distributed import is_first, world
 from ..base.files import StopSignal, Unwritable
-from .report import make_report
+from .report import make_report, scores_of
 from ..figures.look import word_of
 from .tables import tables, text_of
 from ..jobs import Budget, by_scorer, export_run, rank_run, rank_seeds, retrain_run, search_run
@@ -107,9 +107,9 @@ def train(
     _report(folder)
     result = read_run(folder)['results']['train']
     text = f'epoch {result["epoch"]}, loss {result["loss"]:.3f}'
-    measure = measure_of(result)
-    score = f'{word_of(measure)} of up to 16 paths {result[f"{measure}_valid"]:.3f}'
-    return result, f'{folder}: {text}, {score}'
+    for score in scores_of(result):
+        text += f', {word_of(score)} of up to 16 paths {result[f"{score}_valid"]:.3f}'
+    return result, f'{folder}: {text}'
 
 # %% ../../nbs/cli/30_launch.ipynb #4d95c450
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def color_of(
 _words = dict(
     macs='MACs', n_params='parameters', latency_ms='latency in ms', trial='paths scored before',
     loss='training loss', acc='accuracy', acc_valid='validation accuracy',
-    metric_valid='validation metric', seconds_train='seconds of training',
+    seconds_train='seconds of training',
     acc_super='supernet accuracy', loss_super='supernet loss', metric_super='supernet metric',
     acc_alone='stand-alone accuracy', metric_alone='stand-alone metric',
     tau='tau by accuracy', tau_loss='tau by loss',
