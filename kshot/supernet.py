@@ -344,8 +344,11 @@ def fresh_stats(
 ) -> dict[str, Tensor]: # running mean 0, variance 1, count 0 by name
     "Return the statistics of a path's norms before any batch was seen."
     on_path = {None, *(tuple(op)[:2] for op in reads(supernet.net, path))}
-    device = next(iter(supernet.banks.values())).device
-    return {name: t.to(device, copy=True) for name,owners,t in supernet.fresh if owners & on_path}
+    like = next(iter(supernet.banks.values()))
+    def copy_of(t): # in double precision, if the supernet is by now
+        dtype = torch.promote_types(t.dtype, like.dtype) if t.is_floating_point() else t.dtype
+        return t.to(like.device, dtype, copy=True)
+    return {name: copy_of(t) for name,owners,t in supernet.fresh if owners & on_path}
 
 # %% ../nbs/20_supernet.ipynb #46266aa8
 @patch

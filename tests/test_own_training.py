@@ -16,11 +16,13 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import R2Score
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kshot.base.inputs import map_tensors
 from kshot.checkpoint import CheckpointCallback, load_model, load_newest
 from kshot.data import TensorLoader, as_pair, loaders
+from kshot.evaluate import score_path
 from kshot.retrain import get_recipe, lr_at, retrain
 from kshot.simplex import SimplexNet, UniformCode, VertexCode
 from kshot.space import Block, Space
@@ -705,3 +707,15 @@ def test_frozen_parameters_stay_in_retraining():
     before = copy.deepcopy(net.stem.state_dict())
     retrain(module, of_tensors(x, y), get_recipe('quick', epochs=1))
     assert same(before, net.stem.state_dict())
+
+def test_a_supernet_made_double_after_training_scores_in_double():
+    net = normed()
+    learn = fit(net, of_tensors(randn(5), CLASSES))
+    model, x = learn.model.double(), randn(5).double()
+    batches = [(x[:12], CLASSES[:12]), (x[12:], CLASSES[12:])]
+    plain = AtPath(copy.deepcopy(net).double())
+    for name,p in plain.net.named_parameters(): p.data.copy_(model.tensors()[name][0])
+    update_bn([xb for xb,_ in batches], plain)
+    expected = F.cross_entropy(plain.eval()(x), CLASSES).item()
+    _, loss = score_path(model, (1,), torch.ones(1), batches, batches)
+    assert loss == pytest.approx(expected, abs=1e-9)
