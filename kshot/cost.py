@@ -113,7 +113,7 @@ class Cost:
         self._set_network(_to_meta(net), example_input(x, device='meta'))
         self.reason = ''  # why the network does not run on the meta device, if so
         self.table = {}   # op -> what it adds; None: what all paths share
-        self.called = {}  # None -> modules outside of all ops that the first path called
+        self.called = None # modules outside of all ops that the first path called
         self.counted = {} # path -> its cost, counted as a whole
         self.n_sums = 0
         self.is_chain = is_chain(net) and ops is None
@@ -215,8 +215,8 @@ def measure(self:Cost,
     for p,owned_by in parts.owners.items():
         readers = [None] if None in owned_by else [with_sizes[op] for op in owned_by if op in with_sizes]
         if p.requires_grad and readers: n_params[readers[0]] += p.numel()
-    self.called.setdefault(None, called)
-    self.called_last = called
+    self.called = self.called or called
+    self.odd = sorted(called ^ self.called) # modules that only one of both paths called
     return {op: (macs[op], n) for op,n in n_params.items()}
 
 # %% ../nbs/18_cost.ipynb #93fc3151
@@ -252,10 +252,9 @@ def _compare(self:Cost, path:Path, measured:dict):
     for op,adds in measured.items():
         known = self.table.setdefault(op, adds)
         if known == adds: continue
-        odd = sorted(self.called[None] ^ self.called_last) if op is None else ()
         what = f'{op or "what all paths share"} costs {adds} in path {path}, expected {known}'
-        if odd:
-            raise ValueError(f'{what}: module {odd[0]!r}, which only some paths call, '
+        if op is None and self.odd:
+            raise ValueError(f'{what}: module {self.odd[0]!r}, which only some paths call, '
                              'must be named as an op')
         if self.adds_up: raise ValueError(f'{what}: if costs do not add up, pass adds_up=False')
         self.adds_up = False
