@@ -22,7 +22,7 @@ from .base.distributed import average_, mean, world
 from .base.inputs import Input, map_tensors, n_rows, tensors_in
 from .data import pairs
 from . import networks
-from .lending import is_torchs_norm
+from .lending import is_torchs_norm, running_stats
 from .networks import check_path, laid_out
 from .space import Path, Space
 from .supernet import Supernet, fresh_stats
@@ -158,18 +158,25 @@ def evaluating(
         if supernet.training != training[supernet]: supernet.train()
         for m,mode in training.items(): m.training = mode
 
-def _counting(calls:Counter) -> Callable: # a hook before a norm's `forward`
-    def set_momentum(norm:nn.Module, _):
+def _count(norm:nn.Module, calls:Counter) -> list: # hooks that set its momentum
+    def before(*_):
         calls[norm] += 1
         norm.momentum = 1/calls[norm]
-    return set_momentum
+    def after(*_):
+        if calls[norm] > 1: return
+        at_start = [torch.equal(norm._buffers[name], t) for name,t in running_stats(norm).items()
+                    if t.is_floating_point()]
+        if all(at_start):
+            raise ValueError(f'norm {type(norm).__name__} keeps its statistics at momentum 1, expected '
+                             '(1-momentum)*old + momentum*new in training')
+    return [norm.register_forward_pre_hook(before), norm.register_forward_hook(after)]
 
 @contextmanager
 def _averaging(norms:list[nn.Module], counted:list[nn.Module]) -> Iterator[Counter]: # calls
     "Let norms average over their calls, some of them by a hook; all are in evaluation mode."
     momenta = [m.momentum for m in norms]
     calls = Counter()
-    hooks = [m.register_forward_pre_hook(_counting(calls)) for m in counted]
+    hooks = [hook for m in counted for hook in _count(m, calls)]
     try:
         for m in norms:
             m.training = True

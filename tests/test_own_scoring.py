@@ -84,7 +84,33 @@ class OwnForward(nn.BatchNorm2d):
         stats = self.running_mean, self.running_var
         return F.batch_norm(x, *stats, self.weight, self.bias, self.training, self.momentum, self.eps)
 
+class ByHand(nn.Module):
+    "A norm of one's own; the buffers are replaced, not changed."
+    def __init__(self, n, momentum=.1):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer('running_mean', torch.zeros(n))
+        self.register_buffer('running_var', torch.ones(n))
+
+    def move(self, old, new): return (1-self.momentum)*old + self.momentum*new
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+            self.running_mean = self.move(self.running_mean, mean.detach())
+            self.running_var = self.move(self.running_var, var.detach())
+        return (x - mean[:,None,None])/(var[:,None,None] + 1e-5).sqrt()
+
+class InPlace(ByHand):
+    def move(self, old, new): return old.lerp_(new, self.momentum)
+
+class Decays(ByHand):
+    "The other convention: momentum is the share of the old."
+    def move(self, old, new): return self.momentum*old + (1-self.momentum)*new
+
 NORMS = {
+    'by_hand': (Normed, ByHand(4)), 'in_place': (Normed, InPlace(4)), 'sync': (Normed, nn.SyncBatchNorm(4)),
     'torch': (Normed, nn.BatchNorm2d(4)), 'without_affine': (Normed, nn.BatchNorm2d(4, affine=False)),
     'momentum_none': (Normed, nn.BatchNorm2d(4, momentum=None)), 'rarely': (Rarely, nn.BatchNorm2d(4)),
     'ofa': (LikeOFA, nn.BatchNorm2d(6)), 'by_function': (ByFunction, nn.BatchNorm2d(4)),
@@ -132,7 +158,7 @@ def test_statistics_are_the_average_over_calls(name):
     for key,value in dict(running_mean=mean, running_var=var).items():
         torch.testing.assert_close(stats[f'norm.{key}'][:4], value, atol=1e-5, rtol=1e-5)
         assert torch.equal(getattr(subnet.net.norm, key), stats[f'norm.{key}'])
-    if name in ('by_function', 'own_forward', 'instance'): return
+    if name in ('by_function', 'own_forward', 'instance', 'by_hand', 'in_place'): return
     plain.eval()
     plain.train = lambda mode=True: plain # `update_bn` would turn dropout on
     plain.net.norm.training = True
@@ -158,6 +184,39 @@ def test_statistics_of_rows_sequences_and_volumes(dims):
     assert score_path(supernet, (0,), ONE, batches, batches) == pytest.approx(score, abs=1e-6)
     frame = score_paths(supernet, UniformCode(1), SPACE, [(0,), (1,)], batches, batches)
     assert frame.loss_super[0] == pytest.approx(score[1], abs=1e-6)
+
+def test_what_is_no_average_is_refused():
+    supernet = Supernet(Normed(Decays(4, .9)), 1)
+    for n in (1, 3):
+        with pytest.raises(ValueError, match='norm Decays keeps its statistics at momentum 1'):
+            calibrated_subnet(supernet, (0,), ONE, image_batches(16, 8, 8)[:n])
+    assert supernet.net.norm.momentum == .9 and not supernet.net.norm._forward_hooks
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(4), ByHand(4)])
+@pytest.mark.parametrize('is_shared', [False, True])
+def test_a_norm_that_blocks_of_a_chain_share(norm, is_shared):
+    "Its statistics are those of all its calls, so the paths are not walked as a tree."
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(4, 4, 3), norm)
+    second = nn.Sequential(nn.Conv2d(4, 4, 1), norm if is_shared else copy.deepcopy(norm))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    supernet = Supernet(Chain(nn.Identity(), [[first, nn.MaxPool2d(3, 1)], [second, nn.Tanh()]], head), 1)
+    space = Space('shared', (Block('a', ('op0', 'op1')), Block('b', ('op0', 'op1'))))
+    batches = image_batches(16, 8, 8)
+    frame = score_paths(supernet, UniformCode(1), space, list(space), batches, batches)
+    for path,row in zip(space, frame.itertuples()):
+        plain = supernet.subnet(path, ONE).eval()
+        norms = [m for m in plain.modules() if hasattr(m, 'running_mean')]
+        calls = dict.fromkeys(norms, 0)
+        def average(m, _):
+            calls[m] += 1
+            m.momentum = 1/calls[m]
+        for m in norms:
+            m.train()
+            m.register_forward_pre_hook(average)
+        with torch.no_grad():
+            for x,_ in batches: plain(x)
+        assert row.loss_super == pytest.approx(accuracy_loss(plain.eval(), batches)[1], abs=1e-6)
 
 class Breaks(Normed):
     def forward(self, x, path):
