@@ -345,8 +345,9 @@ def fresh_stats(
     "Return the statistics of a path's norms before any batch was seen."
     on_path = {None, *(tuple(op)[:2] for op in reads(supernet.net, path))}
     like = next(iter(supernet.banks.values()))
-    def copy_of(t): # in double precision, if the supernet is by now
-        dtype = torch.promote_types(t.dtype, like.dtype) if t.is_floating_point() else t.dtype
+    is_double = all(bank.dtype == torch.double for bank in supernet.banks.values())
+    def copy_of(t): # in double precision, if the whole supernet is by now
+        dtype = torch.double if is_double and t.is_floating_point() else t.dtype
         return t.to(like.device, dtype, copy=True)
     return {name: copy_of(t) for name,owners,t in supernet.fresh if owners & on_path}
 

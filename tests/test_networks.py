@@ -1,7 +1,7 @@
 """Networks as people write them, from training to ONNX: each kind in `zoo` goes through each check.
 
-The references are plain PyTorch: the network itself with weights that are mixed by hand, `update_bn`,
-FlopCounterMode, an uninterrupted training. A check returns what it measured, for the table in the docs.
+The references are plain PyTorch: the network itself with weights mixed by hand, `update_bn`,
+FlopCounterMode, an uninterrupted training. A check returns what it measured: the docs have a table.
 """
 import copy
 import io
@@ -54,7 +54,7 @@ def mixed(kind, supernet, code=CODE):
     net.load_state_dict(supernet.net.state_dict(), strict=False) # buffers that training has moved
     with torch.no_grad():
         for name,W in supernet.tensors().items():
-            net.get_parameter(name).copy_(torch.tensordot(code, W, dims=1))
+            net.get_parameter(name).copy_(torch.tensordot(code.to(W.dtype), W, dims=1))
     return net
 
 @cache
@@ -92,7 +92,7 @@ class Calibrating(nn.Module):
         return self
 
 def average(norm):
-    "Make another norm average over batches, as `update_bn` does with batch norms; return how to stop."
+    "Make another norm average over batches as `update_bn` does, and return how to stop."
     norm.running_mean.zero_()
     norm.running_var.fill_(1)
     momentum = norm.momentum
@@ -150,32 +150,36 @@ def mean_loss(kind, supernet):
     supernet.train()
     return float(torch.stack(losses).mean())
 
+def gradients(supernet): # by name, zeros for weights that the path does not read
+    banks = {}
+    for key,bank in supernet.banks.items():
+        banks[key] = torch.zeros_like(bank) if bank.grad is None else bank.grad
+    return supernet.tensors(banks)
+
+def check_gradients(kind, path):
+    "Compare the gradients of weights and code with those of the plain network."
+    (x, y), = batches(kind, 1)
+    supernet = Supernet(make(kind), K=2, even_step=False)
+    net = mixed(kind, supernet)
+    code = CODE.clone().requires_grad_()
+    outs = []
+    for forward in (lambda: supernet(x, path, code), lambda: net(x, path)):
+        torch.manual_seed(1) # of dropout
+        outs.append(forward())
+        kind.loss_func(outs[-1], y).backward()
+    assert_close(*outs)
+    of_code = torch.zeros(2)
+    W = supernet.tensors()
+    for name,grad in gradients(supernet).items():
+        p = net.get_parameter(name)
+        g = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(grad, torch.stack([c*g for c in CODE]), atol=1e-5, rtol=1e-4)
+        of_code += (W[name]*g).reshape(2, -1).sum(1)
+    torch.testing.assert_close(code.grad, of_code, atol=1e-4, rtol=1e-4)
+
 def train(kind, folder):
     "Gradients are those of the plain network, shared out by the code; the loss falls."
-    (x, y), = batches(kind, 1)
-    for path in paths_of(kind):
-        supernet = Supernet(make(kind), K=2, even_step=False)
-        net = mixed(kind, supernet)
-        code = CODE.clone().requires_grad_()
-        torch.manual_seed(1) # of dropout
-        out = supernet(x, path, code)
-        kind.loss_func(out, y).backward()
-        torch.manual_seed(1)
-        plain = net(x, path)
-        kind.loss_func(plain, y).backward()
-        assert_close(out, plain)
-        banks = {key: bank.grad for key,bank in supernet.banks.items() if bank.grad is not None}
-        grads = supernet.tensors({key: banks.get(key, torch.zeros_like(bank))
-                                  for key,bank in supernet.banks.items()})
-        W = supernet.tensors()
-        of_code = torch.zeros(2)
-        for name,grad in grads.items():
-            p = net.get_parameter(name)
-            if not p.requires_grad: continue
-            g = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.testing.assert_close(grad, torch.stack([c*g for c in CODE]), atol=1e-5, rtol=1e-4)
-            of_code += (W[name]*g).reshape(2, -1).sum(1)
-        torch.testing.assert_close(code.grad, of_code, atol=1e-4, rtol=1e-4)
+    for path in paths_of(kind): check_gradients(kind, path)
     before = mean_loss(kind, Supernet(make(kind), 2))
     after = mean_loss(kind, fit(kind, 3).model)
     assert after < before
@@ -273,7 +277,8 @@ def counted(kind, x, path):
     if not kind.needs_values:
         net = net.to('meta')
         x = map_tensors(lambda t: t.to('meta'), x)
-    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter: net(x, path)
+    counter = FlopCounterMode(display=False)
+    with torch.backends.mkldnn.flags(enabled=False), counter: net(x, path)
     return counter.get_total_flops()//2
 
 def cost(kind, folder):

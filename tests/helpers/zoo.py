@@ -330,6 +330,15 @@ def batch_norms():
     def ops(): return [nn.Sequential(conv(), nn.BatchNorm2d(8, **more), nn.ReLU()) for more in settings]
     return Net(ops(), ops())
 
+class Exact(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = conv(c, c).double()
+    def forward(self, x): return F.relu(self.conv(x.double())).float()
+
+@variant('op in float64', 2, 2)
+def exact(): return Net([Exact(8), nn.Identity()], [conv(), Exact(8)])
+
 class GlobalFilter(nn.Module): # GFNet: a product in the frequency domain
     def __init__(self, c, h=8, w=5):
         super().__init__()
