@@ -124,8 +124,11 @@ def device_of(
 def check_loaders(
     dls:DataLoaders, # as in `device_of`
 ):
-    "Raise `ValueError` if there is nothing to train on."
-    if not len(dls.train): raise ValueError('a training loader without batches, expected at least one')
+    "Raise `ValueError` if there is nothing to train on, or no telling how much."
+    try: n_batches = len(dls.train)
+    except TypeError as e:
+        raise ValueError('a training loader without a length, expected one: fastai counts batches') from e
+    if not n_batches: raise ValueError('a training loader without batches, expected at least one')
 
 class InputsCallback(Callback):
     "Hand several inputs of a batch to a network as one tuple."

@@ -7,6 +7,7 @@ import torch
 import fastai.callback.hook # adds `summary` to learners
 import fastai.callback.schedule # and `lr_find`
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -17,7 +18,7 @@ from fastai.metrics import R2Score
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kshot.base.inputs import map_tensors
 from kshot.checkpoint import CheckpointCallback, load_model, load_newest
@@ -221,6 +222,10 @@ def test_loaders_without_a_batch_are_refused():
     net, x, y, _ = make('rows')
     with pytest.raises(ValueError, match='a training loader without batches'):
         fit(net, of_torch(x, y, 32, drop_last=True))
+    class Endless(IterableDataset):
+        def __iter__(self): return iter(zip(x, y))
+    with pytest.raises(ValueError, match='a training loader without a length, expected one'):
+        fit(net, DataLoaders(DataLoader(Endless(), 8), DataLoader(Endless(), 8)))
 
 # validation normalizes by the batch
 
@@ -368,6 +373,31 @@ def test_few_shot_rows_get_every_gradient(cbs):
         expected = fit_plainly(net, [(xb, yb)], loss, path=(k,))
         for name,t in learn.model.tensors().items():
             torch.testing.assert_close(t[k], expected[name].detach(), rtol=1e-4, atol=1e-6)
+
+class Scaler(Callback):
+    "What `MixedPrecision` does with a scaler of gradients"
+    order = MixedPrecision.order
+    def before_backward(self): self.learn.loss_grad = self.loss_grad*1024
+    def before_step(self):
+        for group in self.opt.opt.param_groups:
+            for p in group['params']:
+                if p.grad is not None: p.grad /= 1024
+
+@pytest.mark.parametrize('codes', [None, VertexCode(1, 0)])
+@pytest.mark.parametrize('most', [.1, 1e9])
+@pytest.mark.parametrize('sampler', [Fixed((1,)), Fixed(*PATHS)])
+def test_gradients_are_scaled_and_clipped_as_in_plain_training(codes, sampler, most):
+    net, x, y, _ = make('rows')
+    dls = of_tensors(x, y)
+    learn = fit(net, dls, cbs=[Scaler(), GradientClip(most)], codes=codes, sampler=sampler)
+    loss_func = nn.CrossEntropyLoss(label_smoothing=.1)
+    for xb,yb in dls.train:
+        for path in sampler.paths: loss_func(net(xb, path), yb).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), most)
+        with torch.no_grad():
+            for p in net.parameters(): p -= .1*p.grad
+        net.zero_grad()
+    check_same(learn, dict(net.named_parameters()))
 
 class LastMix(MixUp):
     "Keep what was mixed last."
