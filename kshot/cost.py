@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from .base.inputs import Input, example_input, map_tensors, shapes_of
 from .networks import (Op, Ops, Unread, block_sizes, check_path, copy_network,
@@ -82,18 +84,21 @@ def _count_twice(count:Callable[[Input], object], x:Input|Sequence[int], reason:
 class _Parts(NamedTuple):
     net:nn.Module
     of_ops:dict[str, nn.Module] # by name
+    owners_of:dict[nn.Module, set[Op|None]] # as in `op_owners`
     shared:dict[nn.Module, str] # modules with weights that belong to no op -> name
     owners:dict[nn.Parameter, set[Op|None]] # the ops of each parameter; None: all paths share it
 
 def _parts(net:nn.Module, ops:dict[Op, list[str]]) -> _Parts:
     owners = {}
     shared = {}
-    for module,of_module in op_owners(net, ops).items():
+    owners_of = op_owners(net, ops)
+    for module,of_module in owners_of.items():
         for p in module.parameters(recurse=False): owners.setdefault(p, set()).update(of_module)
     for name,module in net.named_modules():
         if any(None in owners[p] for p in module.parameters(recurse=False)): shared[module] = name
     names = [name for of_op in ops.values() for name in of_op]
-    return _Parts(net, {name: net.get_submodule(name) for name in names}, shared, owners)
+    of_ops = {name: net.get_submodule(name) for name in names}
+    return _Parts(net, of_ops, owners_of, shared, owners)
 
 # %% ../nbs/18_cost.ipynb #4ef5a9b1
 class Cost:
@@ -114,6 +119,7 @@ class Cost:
         self.reason = ''  # why the network does not run on the meta device, if so
         self.table = {}   # op -> what it adds; None: what all paths share
         self.called = None # modules outside of all ops that the first path called
+        self.first = None  # the first path counted
         self.counted = {} # path -> its cost, counted as a whole
         self.n_sums = 0
         self.is_chain = is_chain(net) and ops is None
@@ -155,6 +161,16 @@ class _Meter:
 
     def refuse(self, name, *_): Unread(name)()
 
+class _Reads(TorchDispatchMode):
+    "Note which tensors products and other operations read."
+    def __init__(self):
+        super().__init__()
+        self.ids = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ids.update(map(id, pytree.tree_leaves((args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
 # %% ../nbs/18_cost.ipynb #4ef5a9b4
 @patch
 def _hook(self:Cost, parts:_Parts, meter:_Meter, ops:list[tuple]) -> list: # handles of the hooks
@@ -166,7 +182,8 @@ def _hook(self:Cost, parts:_Parts, meter:_Meter, ops:list[tuple]) -> list: # han
         hooks.append(m.register_forward_pre_hook(partial(meter.enter, op)))
         hooks.append(m.register_forward_hook(meter.leave))
     for name,m in parts.of_ops.items():
-        if m not in on_path: hooks.append(m.register_forward_pre_hook(partial(meter.refuse, name)))
+        if m in on_path or parts.owners_of[m] & {op[:2] for op in ops}: continue
+        hooks.append(m.register_forward_pre_hook(partial(meter.refuse, name)))
     for m,name in parts.shared.items():
         hooks.append(m.register_forward_pre_hook(partial(meter.note, name)))
     return hooks
@@ -215,6 +232,7 @@ def measure(self:Cost,
     for p,owned_by in parts.owners.items():
         readers = [None] if None in owned_by else [with_sizes[op] for op in owned_by if op in with_sizes]
         if p.requires_grad and readers: n_params[readers[0]] += p.numel()
+    self.first = self.first or path
     self.called = self.called or called
     self.odd = sorted(called ^ self.called) # modules that only one of both paths called
     return {op: (macs[op], n) for op,n in n_params.items()}
@@ -246,15 +264,30 @@ def measure_ops(self:Cost,
             out[l,o,*width] = (counter.get_total_flops() - before)//2, count_params(op)
     return out
 
+# %% ../nbs/18_cost.ipynb #e1983c5f
+@patch
+def _reads(self:Cost, path:Path) -> set[str]: # names of shared modules whose weights it reads
+    if self.reason: return set()
+    parts = _parts(_to_meta(self.given).eval(), self.ops)
+    with torch.no_grad(), torch.device('meta'), _Reads() as reads: parts.net(self.x, path)
+    def is_read(m): return any(id(p) in reads.ids for p in m.parameters(recurse=False))
+    return {name for m,name in parts.shared.items() if is_read(m)}
+
+@patch
+def _odd_modules(self:Cost, path:Path) -> list[str]: # shared, used by this path or the first, not by both
+    odd = set(self.odd)
+    return sorted(odd & (self._reads(path) ^ self._reads(self.first))) if odd else []
+
 # %% ../nbs/18_cost.ipynb #e1983c60
 @patch
 def _compare(self:Cost, path:Path, measured:dict):
     for op,adds in measured.items():
         known = self.table.setdefault(op, adds)
         if known == adds: continue
+        odd = self._odd_modules(path) if op is None else ()
         what = f'{op or "what all paths share"} costs {adds} in path {path}, expected {known}'
-        if op is None and self.odd:
-            raise ValueError(f'{what}: module {self.odd[0]!r}, which only some paths call, '
+        if odd:
+            raise ValueError(f'{what}: module {odd[0]!r}, which only some paths call, '
                              'must be named as an op')
         if self.adds_up: raise ValueError(f'{what}: if costs do not add up, pass adds_up=False')
         self.adds_up = False

@@ -220,7 +220,7 @@ def block_sizes(
 ) -> tuple[int, ...]: # choices of each block
     "Count the choices of each block; `ValueError` if there are no ops."
     if not ops: raise ValueError(f'{type(net).__name__} has no ops, expected at least one')
-    if hasattr(net, 'choices_per_block'): return tuple(net.choices_per_block)
+    if isinstance(getattr(net, 'choices_per_block', None), tuple | list): return tuple(net.choices_per_block)
     counts = [0]*(1 + max(l for l,_ in ops))
     for l,o in ops: counts[l] = max(counts[l], as_copy(o).op+1)
     return tuple(max(1, n) for n in counts)
@@ -245,13 +245,16 @@ def op_owners(
     ops_of = {} # module of an op -> the ops
     for op,names in ops.items():
         for name in names: ops_of.setdefault(net.get_submodule(name), set()).add(op)
+    named = {name for names in ops.values() for name in names}
     owners = {}
-    def visit(module, above):
+    def visit(module, name, above):
         here = ops_of.get(module, above)
+        if name not in named and None not in above: here = here | above # a part of another op, too
         if here <= owners.get(module, set()): return # seen before
         owners.setdefault(module, set()).update(here)
-        for child in module.children(): visit(child, here)
-    visit(net, {None})
+        for key,child in module._modules.items():
+            if child is not None: visit(child, f'{name}.{key}'.strip('.'), here)
+    visit(net, '', {None})
     return owners
 
 # %% ../nbs/15_networks.ipynb #98118a85
@@ -360,13 +363,13 @@ def subnet(
     "Return the module of one path; `ValueError` for a path that the network does not have."
     ops = op_modules(net, ops)
     check_path(path, block_sizes(net, ops))
-    on_path = set()
-    for op in reads(net, path): on_path.update(map(net.get_submodule, ops.get(tuple(op)[:2], ())))
+    on_path = {tuple(op)[:2] for op in reads(net, path)}
+    owners = op_owners(net, ops)
     memo = dict(memo or {})
     for names in ops.values():
         for name in names:
             module = net.get_submodule(name)
-            if module not in on_path: memo[id(module)] = Unread(name)
+            if not owners[module] & on_path: memo[id(module)] = Unread(name)
     copied = copy_network(net, memo)
     has_sizes = callable(getattr(type(net), 'op_sizes', None))
     return Subnet(_plain(copied, '', net.op_sizes(path) if has_sizes else {}, {}), path)

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from . import networks
 from .base.inputs import Input, join_rows, map_tensors, n_rows, split_rows, tensors_in
-from .lending import Lender, check_lendable, find_norms, running_stats
+from .lending import Lender, check_lendable, find_norms, frozen_modules, running_stats
 from .networks import (Op, Ops, Subnet, block_sizes, check_path, copy_network, op_modules,
                             op_owners, reads)
 from .space import Path
@@ -161,7 +161,16 @@ class Supernet(nn.Module):
         self.banks = nn.ParameterDict(self._banks(draws, apart))
         self.net = copy_network(net)
         self.fresh = _fresh_of_ops(self.net, self.ops)
+        self.frozen = frozen_modules(self.net)
         self.lender = Lender(self.net, track_bn)
+
+    def train(self,
+        mode:bool=True, # or evaluation?
+    ):
+        "Switch between training and evaluation; modules that were frozen stay in evaluation."
+        super().train(mode)
+        for m in self.frozen: m.training = False
+        return self
 
     def _banks(self, draws:list[nn.Module], apart:float) -> dict[str, Tensor]:
         params = [dict(draw.named_parameters(remove_duplicate=False)) for draw in draws]
@@ -364,8 +373,6 @@ def subnet(self:Supernet,
     fresh = {} if self.track_bn else fresh_stats(self, path)
     with self.lender.lent(weights, {**fresh, **(stats or {})}):
         subnet = networks.subnet(self.net, path, self.ops, copies)
-    for name,m in subnet.net.named_modules():
-        if name in self.norms: m.momentum = self.norms[name]
     return subnet
 
 # %% ../nbs/20_supernet.ipynb #04c4c949
