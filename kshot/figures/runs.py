@@ -146,10 +146,11 @@ def _live_panels(log:Sequence[Mapping]) -> list[tuple]: # head, lines (x, y, sty
     "Return the panels for which a log has records."
     x, loss = _series(log, 'loss')
     panels = [(f'training loss {_last(loss)}', [(x, loss, _line())], {})]
-    x, acc = _series(log, 'acc')
-    if len(x):
-        head = f'accuracy of {acc.shape[1]} paths {_last(np.median(acc, axis=1))}'
-        panels.append((head, _band(x, acc), _zero_to_one))
+    for measure,scale in dict(acc=_zero_to_one, metric={}).items():
+        x, scores = _series(log, measure)
+        if not len(x): continue
+        head = f'{word_of(measure)} of {scores.shape[1]} paths {_last(np.median(scores, axis=1))}'
+        panels.append((head, _band(x, scores), scale))
     x, tau = _series(log, 'tau')
     if len(x):
         head = f'tau against the truth {_last(tau)}'
