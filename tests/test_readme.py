@@ -5,6 +5,9 @@ from importlib import import_module
 
 import numpy as np, pytest, torch
 from conftest import ROOT
+from kshot.nets.layers import SupernetOnly
+from kshot.networks import Subnet
+from kshot.supernet import Supernet
 from readme import readme, taus
 
 TEXT = (ROOT/'README.md').read_text(encoding='utf-8')
@@ -54,8 +57,8 @@ def test_code_runs(capsys):
     assert [scorer for scorer,_ in printed] == ['supernet', 'supernet_loss', 'ceiling']
     best = names['scores'].loss_super.idxmin()
     assert len(names['scores']) == 625 and names['path'] == list(names['space'])[best]
-    packages = {type(module).__module__.partition('.')[0] for module in names['net'].modules()}
-    assert 'kshot' not in packages
+    kinds = {type(module) for module in names['net'].modules()}
+    assert Subnet in kinds and not any(issubclass(kind, Supernet | SupernetOnly) for kind in kinds)
     assert next(names['net'].parameters()).is_cuda == torch.cuda.is_available()
 
 def test_commands_run(tmp_path, monkeypatch, capsys):
