@@ -463,11 +463,12 @@ def kshot_learner(
     opt_func:Callable[..., OptimWrapper]=sgd, # optimizer of the banks, as `sgd` or `torch_optimizer`
     loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy with smoothing .1
     metrics:Callable|Sequence|None=None, # of fastai, or `metric(out, y)`; None: accuracy of a cross-entropy
-    **kwargs,        # of `Supernet` (`ops`, `apart`, `track_bn`, ...) and of `KShotCallback`
+    **kwargs,        # of `Supernet` (`ops`, ...), `KShotCallback` and fastai's `Learner` (`lr`, ...)
 ) -> KShotLearner:   # its `model` is the `Supernet`, and `model.codes` makes the codes
     "Return a learner of K-shot supernets; `ValueError` for a network of another space."
-    of_supernet = {k: kwargs.pop(k) for k in signature(Supernet).parameters if k in kwargs}
-    supernet = Supernet(net, K, **of_supernet)
+    def take(kind): return {k: kwargs.pop(k) for k in signature(kind).parameters if k in kwargs}
+    supernet = Supernet(net, K, **take(Supernet))
+    of_callback = take(KShotCallback)
     sizes = tuple(supernet.sizes)
     if sizes != space.sizes:
         raise ValueError(f'a network with {sizes} ops in its blocks, '
@@ -478,10 +479,11 @@ def kshot_learner(
     few_shot = FewShotCallback() if hasattr(codes, 'supernet_of') else None
     splitter = few_shot.split if few_shot else by_decay
     loss_func, metrics = _objective(loss_func, metrics, smoothing=.1)
-    learn = KShotLearner(dls, supernet, loss_func, opt_func, splitter=splitter, metrics=metrics)
+    of_learner = dict(loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics)
+    learn = KShotLearner(dls, supernet, **of_learner, **kwargs)
     if isinstance(sampler, str): sampler = get_sampler(sampler, space, seed)
     elif not hasattr(sampler, 'space'): sampler = sampler(learn)
-    learn.add_cbs([KShotCallback(codes, sampler, **kwargs), OtherPathsCallback()])
+    learn.add_cbs([KShotCallback(codes, sampler, **of_callback), OtherPathsCallback()])
     if few_shot: learn.add_cb(few_shot)
     learn.recorder.smooth_loss = LocalLoss()
     return learn
