@@ -15,7 +15,6 @@ from pathlib import Path as FilePath
 from typing import NamedTuple
 import torch
 from torch import Tensor, distributed as dist, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from .files import LostProcess, StopSignal
 
 # %% ../../nbs/base/20_distributed.ipynb #7a7893e5
@@ -160,9 +159,11 @@ def gather(
 def average_stats(
     module:nn.Module, # changed in place
 ):
-    "Average the running means and variances of batch norm over ranks."
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    average_([m.running_mean for m in norms] + [m.running_var for m in norms])
+    "Average the running means and variances of norms over ranks."
+    stats = []
+    for m in module.modules():
+        stats += [t for name,t in m._buffers.items() if name.startswith('running_') and t is not None]
+    average_(stats)
 
 # %% ../../nbs/base/20_distributed.ipynb #ce99bceb
 def agree(
