@@ -442,6 +442,12 @@ class KShotLearner(Learner):
                          'kshot.evaluate.calibrated_subnet(supernet, path, code, batches)')
     predict = summary = show_results = get_preds
 
+    def freeze_to(self, n):
+        "Do nothing for 0, which unfreezes all; `ValueError` for any other group."
+        if n == 0: return
+        raise ValueError(f'freeze_to({n}): the groups here are weights with decay and without, '
+                         'expected net.part.requires_grad_(False) before the learner is made')
+
     def export(self, *args, **kwargs):
         "Export as fastai does; `ValueError` for loaders that it cannot export, such as torch's."
         for dl in self.dls.loaders:

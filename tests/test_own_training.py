@@ -508,6 +508,12 @@ def test_what_needs_no_path_is_refused_in_a_line(name, tmp_path):
     with pytest.raises(ValueError, match='a supernet predicts at a path, expected the module of one'):
         getattr(learn, name)()
 
+def test_groups_are_not_frozen(tmp_path):
+    learn = deep_fit(tmp_path)
+    with pytest.raises(ValueError, match='the groups here are weights with decay'): learn.freeze()
+    learn.unfreeze()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
 def test_a_plain_network_on_tensors_predicts_and_is_exported(tmp_path):
     x, y = randn(5), CLASSES
     learn = Learner(of_tensors(x, y), nn.Linear(5, 3), ClassLoss(), metrics=accuracy, path=tmp_path)
