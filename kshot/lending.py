@@ -9,6 +9,7 @@ __all__ = ['NotLent', 'OfBatch', 'is_torchs_norm', 'running_stats', 'frozen_modu
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import CellType
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -123,11 +124,11 @@ def _why_not(m:nn.Module) -> str: # '' if its weights can be lent
     return ''
 
 def _why_not_kept(value:object, params:set[Tensor]) -> str: # of a plain attribute
-    if isinstance(value, Tensor | list | tuple | dict):
-        is_weight = any(t in params or (t.requires_grad and t.is_leaf) for t in tensors_in(value))
-        return 'weights, expected nn.Parameter, nn.ParameterList or nn.ParameterDict' if is_weight else ''
-    cells = [cell.cell_contents for cell in getattr(value, '__closure__', None) or ()]
-    is_around_module = any(isinstance(o, nn.Module) for o in cells)
+    if any(t in params or (t.requires_grad and t.is_leaf) for t in tensors_in(value)):
+        return 'weights, expected nn.Parameter, nn.ParameterList or nn.ParameterDict'
+    functions = [f for f in pytree.tree_leaves(value) if getattr(f, '__closure__', None)]
+    cells = [cell for f in functions for cell in f.__closure__ if cell != CellType()] # full ones
+    is_around_module = any(isinstance(cell.cell_contents, nn.Module) for cell in cells)
     return 'a function made around a module, expected a method' if is_around_module else ''
 
 def check_lendable(
@@ -248,6 +249,9 @@ def run(self:Lender,
     "Run the network with weights that it is lent."
     x = laid_out(x, self.is_channels_last)
     with self.lent(weights, stats): out = self.net(x, path)
+    if not tensors_in(out):
+        raise ValueError(f'output of type {type(out).__name__}, '
+                         'expected a tensor, or tuples, lists and dicts of tensors')
     if torch.is_grad_enabled(): self._lend_in_backward(out, weights)
     return out
 

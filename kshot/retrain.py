@@ -150,10 +150,10 @@ def set_dropout(
     rate:float,       # chance that a number is dropped, 0-1
     everywhere:bool=False, # replace rates above 0, too, and those of `Dropout2d` and its like?
 ):
-    "Set rates of dropout that are open; `ValueError` if no layer has one and the rate is above 0."
+    "Set rates of dropout that are open; `ValueError` for a rate everywhere if no layer has one."
     kind = _DropoutNd if everywhere else nn.Dropout
     layers = [m for m in module.modules() if isinstance(m, kind)]
-    if rate and not layers:
+    if rate and everywhere and not layers:
         raise ValueError(f'{type(module).__name__} has no Dropout layer, '
                          f'expected one for dropout={rate}')
     for layer in layers:

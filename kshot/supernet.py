@@ -85,7 +85,8 @@ def mix(
     "Return the weights at N points of the simplex; `ValueError` if K differs."
     if codes.ndim != 2 or codes.shape[1] != len(bank):
         raise ValueError(f'codes of shape {tuple(codes.shape)}, expected (N, {len(bank)})')
-    with torch.autocast(bank.device.type, enabled=False): # in full precision
+    kind = 'cpu' if bank.is_meta else bank.device.type
+    with torch.autocast(kind, enabled=False): # in full precision
         return _Mix.apply(bank, codes.to(bank.dtype), even_step, slots, keep)
 
 # %% ../nbs/20_supernet.ipynb #d3fe44ed

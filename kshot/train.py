@@ -124,7 +124,8 @@ def device_of(
 def check_loaders(
     dls:DataLoaders, # as in `device_of`
 ):
-    "Raise `ValueError` if there is nothing to train on, or no telling how much."
+    "Raise `ValueError` if there is nothing to train on, no telling how much, or no second loader."
+    if len(dls.loaders) < 2: raise ValueError('no validation loader, expected one')
     try: n_batches = len(dls.train)
     except TypeError as e:
         raise ValueError('a training loader without a length, expected one: fastai counts batches') from e
@@ -440,7 +441,13 @@ class KShotLearner(Learner):
         "Raise `ValueError`."
         raise ValueError('a supernet predicts at a path, expected the module of one: '
                          'kshot.evaluate.calibrated_subnet(supernet, path, code, batches)')
-    predict = summary = show_results = get_preds
+    predict = summary = show_results = tta = get_preds
+
+    def _split(self, batch):
+        if isinstance(batch, dict):
+            raise ValueError(f'a batch that is a dict of {", ".join(map(str, batch))}, '
+                             'expected a collate_fn that returns inputs and targets')
+        super()._split(batch)
 
     def freeze_to(self, n):
         "Do nothing for 0, which unfreezes all; `ValueError` for any other group."
