@@ -123,10 +123,17 @@ def _why_not(m:nn.Module) -> str: # '' if its weights can be lent
         return 'rescales its weight in place, expected max_norm=None'
     return ''
 
-def _why_not_kept(value:object, params:set[Tensor]) -> str: # of a plain attribute
+def _is_hidden(value:object, modules:set[nn.Module]) -> bool: # a module that torch does not see?
+    is_module = isinstance(value, nn.Module) and value not in modules
+    return is_module and any(True for _ in value.parameters())
+
+def _why_not_kept(value:object, params:set[Tensor], modules:set[nn.Module]) -> str: # of a plain attribute
     if any(t in params or (t.requires_grad and t.is_leaf) for t in tensors_in(value)):
         return 'weights, expected nn.Parameter, nn.ParameterList or nn.ParameterDict'
-    functions = [f for f in pytree.tree_leaves(value) if getattr(f, '__closure__', None)]
+    leaves = pytree.tree_leaves(value)
+    if any(_is_hidden(leaf, modules) for leaf in leaves):
+        return 'modules with weights, expected nn.ModuleList or nn.ModuleDict'
+    functions = [f for f in leaves if getattr(f, '__closure__', None)]
     cells = [cell for f in functions for cell in f.__closure__ if cell != CellType()] # full ones
     is_around_module = any(isinstance(cell.cell_contents, nn.Module) for cell in cells)
     return 'a function made around a module, expected a method' if is_around_module else ''
@@ -136,13 +143,15 @@ def check_lendable(
 ):
     "Raise `ValueError` for a network whose weights cannot be lent."
     params = set(net.parameters())
+    modules = set(net.modules())
     for name,m in net.named_modules():
         module = f'module {name!r} ({type(m).__name__})'
         why = _why_not(m)
         if why: raise ValueError(f'{module} {why}')
         if isinstance(m, nn.RNNBase): continue # it has a list of its weights, which is lent too
         for key,value in vars(m).items():
-            why = '' if key in ('_parameters', '_buffers', '_modules') else _why_not_kept(value, params)
+            if key in ('_parameters', '_buffers', '_modules'): continue
+            why = _why_not_kept(value, params, modules)
             if why: raise ValueError(f'{module} keeps in its attribute {key!r} {why}')
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'{type(net).__name__} has no weights that train, expected some')

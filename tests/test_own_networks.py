@@ -232,3 +232,11 @@ def test_outputs_of_unknown_types_are_refused():
         def forward(self, x, path): return Result(super().forward(x, path))
     with pytest.raises(ValueError, match='output of type Result'):
         Supernet(Own([conv()]), 2)(x, (0,), CODE)
+
+def test_modules_that_torch_does_not_see_are_refused():
+    class Hidden(Net):
+        def __init__(self):
+            super().__init__([nn.Identity(), conv()])
+            self.more = [conv()]
+    with pytest.raises(ValueError, match="attribute 'more' modules with weights, expected nn.ModuleList"):
+        Supernet(Hidden(), 2)
