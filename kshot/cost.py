@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def _parts(net:nn.Module, ops:dict[Op, list[str]]) -> _Parts:
         for p in module.parameters(recurse=False): owners.setdefault(p, set()).update(of_module)
     for name,module in net.named_modules():
         if any(None in owners[p] for p in module.parameters(recurse=False)): shared[module] = name
-    names = [name for of_op in ops.values() for name in of_op]
+    names = list(chain.from_iterable(ops.values()))
     of_ops = {name: net.get_submodule(name) for name in names}
     return _Parts(net, of_ops, owners_of, shared, owners)
 

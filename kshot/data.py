@@ -443,8 +443,8 @@ def as_pair(
 ) -> tuple[Input, Input]: # `(x, y)`; several inputs or targets become a tuple
     "Return a batch as its input and its target."
     n = max(1, len(batch)-1) if n_inp is None else n_inp
-    xs, ys = tuple(batch[:n]), tuple(batch[n:])
-    return (xs[0] if len(xs) == 1 else xs), (ys[0] if len(ys) == 1 else ys)
+    def as_one(tensors): return tensors[0] if len(tensors) == 1 else tuple(tensors)
+    return as_one(batch[:n]), as_one(batch[n:])
 
 def pairs(
     dl:Iterable, # a loader, or a list of batches

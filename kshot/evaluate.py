@@ -71,8 +71,8 @@ def _own_metric(metric:Any, is_sharded:bool) -> Any: # a fresh metric of fastai,
 
 def _accumulate(metric:Any, **batch): # x, y, pred, loss, loss_func: what it reads from a learner
     def to_detach(b, cpu=True, gather=True): return map_tensors(lambda t: t.detach().cpu(), b)
-    x, y = batch['x'], batch['y']
-    metric.accumulate(SimpleNamespace(**batch, xb=(x,), yb=(y,), to_detach=to_detach))
+    tuples = dict(xb=(batch['x'],), yb=(batch['y'],))
+    metric.accumulate(SimpleNamespace(**batch, **tuples, to_detach=to_detach))
 
 def _mean_of(value:Any) -> Tensor: # a number, or one for each row
     value = torch.as_tensor(value)
@@ -94,7 +94,8 @@ class _Totals:
         "Add one batch."
         n = n_rows(x)
         if not n: return
-        metric, loss_func = self.metric, self.loss_func
+        metric = self.metric
+        loss_func = self.loss_func
         has_value = hasattr(metric, 'accumulate') # in the end
         sums = None
         if metric is None or loss_func is None:
@@ -176,7 +177,8 @@ def _averaging(norms:list[nn.Module], counted:list[nn.Module]) -> Iterator[Count
     "Let norms average over their calls, some of them by a hook; all are in evaluation mode."
     momenta = [m.momentum for m in norms]
     calls = Counter()
-    hooks = [hook for m in counted for hook in _count(m, calls)]
+    hooks = []
+    for m in counted: hooks += _count(m, calls)
     try:
         for m in norms:
             m.training = True

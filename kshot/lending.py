@@ -156,6 +156,16 @@ def check_lendable(
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError(f'{type(net).__name__} has no weights that train, expected some')
 
+# %% ../nbs/19_lending.ipynb #19b1e0f0
+def _drop_stats(norm:nn.Module): # of torch
+    for name in ('running_mean', 'running_var', 'num_batches_tracked'): setattr(norm, name, None)
+    for name in ('running_mean', 'running_var'): norm.__dict__[name] = OfBatch(name)
+    norm.track_running_stats = False # in training, torch then passes no statistics on
+
+def _holder(net:nn.Module, name:str) -> tuple[nn.Module, str]: # module of a tensor, its name there
+    module, _, leaf = name.rpartition('.')
+    return net.get_submodule(module), leaf
+
 # %% ../nbs/19_lending.ipynb #19b1e011
 class Lender:
     "Take the weights out of a network, and lend it others for a run."
@@ -200,23 +210,18 @@ class Lender:
     def _tell_rnns(self): # they keep a list of their weights
         for m in self.rnns: m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
 
-def _drop_stats(norm:nn.Module): # of torch
-    for name in ('running_mean', 'running_var', 'num_batches_tracked'): setattr(norm, name, None)
-    for name in ('running_mean', 'running_var'): norm.__dict__[name] = OfBatch(name)
-
-def _holder(net:nn.Module, name:str) -> tuple[nn.Module, str]: # module of a tensor, its name there
-    module, _, leaf = name.rpartition('.')
-    return net.get_submodule(module), leaf
-
 # %% ../nbs/19_lending.ipynb #19b1e015
 @contextmanager
 def _lent_stats(net:nn.Module, stats:dict[str, Tensor]) -> Iterator[None]: # changed if a buffer is replaced
     places = {name: _holder(net, name) for name in stats}
     before = {name: module._buffers[leaf] for name,(module,leaf) in places.items()}
     absent = {name: module.__dict__.pop(leaf, None) for name,(module,leaf) in places.items()}
+    without = [module for name,(module,_) in places.items() if absent[name] is not None]
     for name,(module,leaf) in places.items(): module._buffers[leaf] = stats[name]
+    for module in without: module.__dict__['track_running_stats'] = True
     try: yield
     finally:
+        for module in without: module.__dict__['track_running_stats'] = False
         for name,(module,leaf) in places.items():
             stats[name] = module._buffers[leaf]
             module._buffers[leaf] = before[name]

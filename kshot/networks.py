@@ -245,7 +245,7 @@ def op_owners(
     ops_of = {} # module of an op -> the ops
     for op,names in ops.items():
         for name in names: ops_of.setdefault(net.get_submodule(name), set()).add(op)
-    named = {name for names in ops.values() for name in names}
+    named = set().union(*ops.values())
     owners = {}
     def visit(module, name, above):
         here = ops_of.get(module, above)

@@ -9,6 +9,7 @@ __all__ = ['Slot', 'mix', 'DeferredGradients', 'shuffled', 'Supernet', 'check_co
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -38,9 +39,11 @@ def _unflat(rows:Tensor, slot:Slot) -> Tensor: # (N, P) -> (N, *w), a view
     return rows.as_strided((len(rows), *slot.shape), stride, rows.storage_offset() + slot.start)
 
 def _views(rows:Tensor, slots:Sequence[Slot]) -> list[Tensor]: # (N, P): row by row
-    starts = [rows.storage_offset() + i*rows.stride(0) for i in range(len(rows))]
-    def view(start, slot): return rows.as_strided(slot.shape, slot.stride, start + slot.start)
-    return [view(start, slot) for start in starts for slot in slots]
+    views = []
+    for i in range(len(rows)):
+        start = rows.storage_offset() + i*rows.stride(0)
+        views += [rows.as_strided(slot.shape, slot.stride, start + slot.start) for slot in slots]
+    return views
 
 def _row(tensors:dict[str, Tensor], slots:Sequence[Slot]) -> Tensor: # (P,)
     like = tensors[slots[0].names[0]]
@@ -241,7 +244,7 @@ def check_code(
     if code.device.type != 'cpu': return code
     rows = code.detach().reshape(-1, K).tolist()
     if all(min(row) >= 0 and abs(sum(row) - 1) < 1e-4 for row in rows): return code
-    rounded = [round(v, 4) for row in rows for v in row]
+    rounded = [round(v, 4) for v in chain.from_iterable(rows)]
     raise ValueError(f'code {rounded}, expected entries >= 0 that sum to 1')
 
 # %% ../nbs/20_supernet.ipynb #454034bb

@@ -58,7 +58,9 @@ def _images_below(root:bytes, folder:bytes) -> list[bytes]: # at any depth, rela
         above = waiting.pop()
         images[above], inner = _list_folder(os.path.join(root, above))
         waiting += [os.path.join(above, name) for name in inner]
-    return [above + b'/' + name for above in sorted(images) for name in images[above]]
+    out = []
+    for above in sorted(images): out += [above + b'/' + name for name in images[above]]
+    return out
 
 def _list_classes(root:bytes, split:bytes) -> dict[str, list[bytes]]:
     _, classes = _list_folder(os.path.join(root, split))
@@ -137,7 +139,8 @@ def _white(img:Image.Image, top:float) -> int: # value of white where `top` is t
 
 def _gray(img:Image.Image) -> Image.Image: # of integers of 12 to 32 bits, or floats
     values = np.asarray(img)
-    low, top = values.min(), values.max()
+    low = values.min()
+    top = values.max()
     white = _white(img, top)
     if not 0 <= low <= top <= white:
         raise ValueError(f'gray values {low} to {top}, expected 0-1 or 0-255 as floats, 0-65535 as integers')
