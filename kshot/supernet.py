@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from . import networks
 from .base.inputs import Input, join_rows, map_tensors, n_rows, split_rows, tensors_in
 from .lending import Lender, check_lendable, find_norms, frozen_modules, running_stats
@@ -118,12 +119,23 @@ def shuffled(
 ) -> nn.Module:    # a copy
     "Put the numbers of each weight that trains in a new order; zeros stay where they are."
     net = copy_network(net)
-    for p in net.parameters():
-        if p.ndim < 2 or not p.requires_grad or p.is_meta: continue
-        is_set = p != 0
-        values = p[is_set]
-        p[is_set] = values[torch.randperm(len(values)).to(p.device)]
+    drawn = {p for p in net.parameters() if p.requires_grad and _shuffle(p)}
+    for m in net.modules():
+        if not is_parametrized(m): continue
+        for name,parts in m.parametrizations.items():
+            if drawn.isdisjoint(parts.parameters()): _add_noise(parts, getattr(m, name))
     return net
+
+def _shuffle(p:Tensor) -> bool: # in place; does that change anything?
+    if p.ndim < 2 or p.is_meta: return False
+    is_set = p != 0
+    values = p[is_set]
+    p[is_set] = values[torch.randperm(len(values)).to(p.device)]
+    return len(values.unique()) > 1
+
+def _add_noise(parts:nn.Module, weight:Tensor): # as large as the weight that they make
+    for p in parts.parameters(recurse=False):
+        if p.requires_grad and p.ndim > 1: p += weight.std()*torch.randn_like(p)
 
 def _drawn_by(init:Callable, net:nn.Module) -> nn.Module: # a copy
     drawn = copy_network(net)
