@@ -74,10 +74,9 @@ def count_macs(
 def _count_twice(count:Callable[[Input], object], x:Input|Sequence[int], reason:str) -> object:
     example = example_input(x)
     try: first, second = [count(_random_like(example)) for _ in range(2)]
-    except ValueError: raise
     except Exception as e:
-        raise ValueError(f'the network fails on an input of shape {shapes_of(example)}: {reason}; '
-                         f'on the CPU: {_reason(e)}') from e
+        if _reason(e) != reason: reason = f'{reason}; on the CPU: {_reason(e)}'
+        raise ValueError(f'the network fails on an input of shape {shapes_of(example)}: {reason}') from e
     if first == second: return first
     raise ValueError(f'the MACs of the network depend on the values of its input: {first}, {second}')
 
