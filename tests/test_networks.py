@@ -336,7 +336,7 @@ def cells():
             is_slow = check == 'onnx' and kind.is_variant
             yield pytest.param(name, check, marks=[pytest.mark.slow] if is_slow else [])
 
-@pytest.mark.parametrize('name, check', cells())
+@pytest.mark.parametrize('name, check', list(cells()))
 def test_kind(name, check, tmp_path, record_property):
     kind = KINDS[name]
     line = kind.refused.get(check)
