@@ -232,8 +232,9 @@ def measure(self:Cost,
     for p,owned_by in parts.owners.items():
         readers = [None] if None in owned_by else [with_sizes[op] for op in owned_by if op in with_sizes]
         if p.requires_grad and readers: n_params[readers[0]] += p.numel()
-    self.first = self.first or path
-    self.called = self.called or called
+    if self.first is None:
+        self.first = path
+        self.called = called
     self.odd = sorted(called ^ self.called) # modules that only one of both paths called
     return {op: (macs[op], n) for op,n in n_params.items()}
 
@@ -309,7 +310,7 @@ def _cost(self:Cost, path:Path) -> tuple[int, int]:
     check_path(path, self.sizes)
     ops = [None, *map(tuple, reads(self.parts.net, path))]
     new = [op for op in ops if op not in self.table]
-    if new and self.table and self.is_chain and self.adds_up:
+    if new and self.table and self.is_chain and self.adds_up and not self.reason:
         self.table |= self.measure_ops(new)
         new = []
     if self.adds_up and not new: return self._sum(path, ops)

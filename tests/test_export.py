@@ -367,13 +367,16 @@ def check_same_values(outs, expected):
     for a,b in zip(tensors_in(outs), tensors_in(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
+def check_torch_export(module, x, fname):
+    to_torch_export(module, x, fname)
+    module.eval()
+    program = torch.export.load(fname).module()
+    for batch in batches_like(x): check_same_values(program(batch), module(batch))
+
 @each_input
 def test_torch_export_of_any_input(make, x, inputs, outputs, tmp_path):
     module = make()
-    to_torch_export(module, x, tmp_path/'module.pt2')
-    module.eval()
-    program = torch.export.load(tmp_path/'module.pt2').module()
-    for batch in batches_like(x): check_same_values(program(batch), module(batch))
+    check_torch_export(module, x, tmp_path/'module.pt2')
 
 @each_input
 def test_onnx_of_any_input(make, x, inputs, outputs, tmp_path, capfd):
@@ -622,10 +625,7 @@ def test_a_subnet_is_exported(make, path, x, outputs, tmp_path):
     module = own_subnet(make, path)[1]
     for p in module.parameters(): p.data.mul_(1.5)
     train_on(module, module.parameters(), batches_like(x)[-1], n=1) # statistics of its own
-    to_torch_export(module, x, tmp_path/'module.pt2')
-    module.eval()
-    program = torch.export.load(tmp_path/'module.pt2').module()
-    for batch in batches_like(x): check_same_values(program(batch), module(batch))
+    check_torch_export(module, x, tmp_path/'module.pt2')
 
 @each_own
 def test_a_subnet_is_written_as_onnx(make, path, x, outputs, tmp_path, capfd):

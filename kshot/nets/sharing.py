@@ -211,7 +211,7 @@ def redraw(
         if reset: reset()
         elif any(p.ndim > 1 for p in m.parameters(recurse=False)):
             raise ValueError(f'module {name!r} ({type(m).__name__}) has weights '
-                             'but no reset_parameters: pass `redraw`')
+                             'but no reset_parameters, expected one')
     return net
 
 def own_norms(
