@@ -20,14 +20,16 @@ from .base.files import locked
 from .benchmark import Benchmark, get_benchmark
 from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
 from .evaluate import accuracy_loss, score_path
+from .finetune import FineTuning, training_batches
 from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
 from .rank import over_seeds, rank_scores
 from .record import add_result, check_free, environment, has_run, lock_run
 from .record import read_config, read_run, write_run
+from .refine import RUNGS, Refinement, count_updates
 from .retrain import get_recipe, retrain
 from .runs import ensure_trained, hash_weights, load_run, score_run
-from .search import Algorithm, make_search
+from .search import Algorithm, Search, make_search
 from .space import Path
 from .tables import get_table, get_truth, is_of_space, latency, write_parquet
 from .train import Learner
@@ -149,6 +151,58 @@ def _costs(config:Config, learn:Learner, budget:Budget) -> dict[str, Callable]:
     if budget.device: costs['latency_ms'] = latency(config.space, budget.device)
     return costs
 
+# %% ../nbs/88_jobs.ipynb #88f10001
+def _tuned_scorer(
+    learn:Learner, config:Config, n_calibration:int, benchmark:Benchmark,
+) -> Callable[[Path, int], tuple]:
+    "Return the function that gives a path's metric and loss after some updates of its own."
+    batches = training_batches(learn.dls.train, RUNGS[-1])
+    calibration = learn.dls.train.fixed(n_calibration) if n_calibration else None
+    valid = held(learn.dls.valid)
+    options = dict(lr=config.lr/5, wd=config.wd, loss_func=benchmark.loss_func)
+    tunings = {}
+    def score(path:Path, n_steps:int) -> tuple:
+        tuning = tunings.get(path)
+        if tuning is None or tuning.n_done > n_steps:
+            with torch.no_grad(): code, = learn.k_shot.codes([path])
+            tuning = tunings[path] = FineTuning(learn.model, path, code, batches, **options)
+        tuning.run(n_steps - tuning.n_done)
+        return tuning.score(valid, calibration, benchmark.metric)
+    return score
+
+# %% ../nbs/88_jobs.ipynb #88f10002
+def _refine(search:Search, n:int, tuned:Callable, progress, measure:str) -> tuple[Refinement, dict]:
+    "Refine a search; return how it went, and what `run.json` says about it unless it was cut."
+    started = time.monotonic()
+    refinement = Refinement(search, n)
+    refinement.run(lambda path, n_steps: -tuned(path, n_steps)[1], progress)
+    if refinement.is_cut: return refinement, {}
+    best = refinement.frame().path[0]
+    by_search = search.frame().path.tolist()
+    rungs = [*refinement.rungs]
+    value, loss = tuned(search.space.parse(best), rungs[-1])[:2]
+    after = {measure: value, 'loss': loss}
+    first = dict(first=by_search[0], rank=1+by_search.index(best))
+    cost = dict(updates=count_updates(n, rungs), seconds=round(time.monotonic()-started, 1))
+    return refinement, dict(n=n, rungs=rungs, **after, **first, **cost)
+
+# %% ../nbs/88_jobs.ipynb #88f10003
+def _check_numbers(n:int, n_calibration:int, refine:int):
+    if n < 1 or n_calibration < 0:
+        values = f'n_paths={n} and n_calibration={n_calibration}'
+        raise ValueError(f'{values}, expected at least 1 and 0')
+    if refine and not 2 <= refine <= n:
+        raise ValueError(f'refine={refine}, expected 0, or 2 to {n}, the paths that are scored')
+
+def _is_unfinished(work:Search|Refinement) -> bool:
+    return work.is_cut and work.n_done < work.n_wanted
+
+def _found(search:Search, frame:pd.DataFrame, score:Callable, measure:str) -> dict: # the first row
+    best = frame.path[0]
+    value, loss = score(search.space.parse(best))[:2]
+    costs = {cost: frame[cost][0].item() for cost in search.costs}
+    return {'path': best, f'{measure}_super': value, 'loss_super': loss, 'budgets': search.budgets, **costs}
+
 # %% ../nbs/88_jobs.ipynb #f2d93086
 def search_run(
     folder:FilePath,        # of a run
@@ -159,39 +213,39 @@ def search_run(
     n_calibration:int=4,    # training batches for batch norm (paper: 20)
     storage:str|None=None,  # URL of a database that workers share; None: a journal in the folder
     progress=False,         # a bar, or a function, as in `kshot.search`
+    refine:int=0,           # best paths that are trained on before one of them is chosen; 0: none
 ) -> pd.DataFrame:          # scored paths, best first; also in `folder/search.parquet`
     "Search a trained run for its best path; a search that is stopped leaves no result yet."
     started = time.monotonic()
     folder = FilePath(folder)
-    if n < 1 or n_calibration < 0:
-        values = f'n_paths={n} and n_calibration={n_calibration}'
-        raise ValueError(f'{values}, expected at least 1 and 0')
+    _check_numbers(n, n_calibration, refine)
     config, learn = load_run(folder)
-    space = space_of(config)
     benchmark = get_benchmark(config.space)
     score = _scorer(learn, n_calibration, benchmark)
     costs = _costs(config, learn, budget)
     name = _search_name(algorithm, budget, seed, n_calibration, learn)
-    storage = storage or folder/'search.journal'
     def negative_loss(path): return -score(path)[1]
     with distributed():
-        limits = budget.limits()
-        search = make_search(space, costs=costs, budgets=limits, storage=storage, name=name)
-        search.run(negative_loss, n, algorithm, seed, is_first() and progress)
+        progress = is_first() and progress
+        search = make_search(space_of(config), costs=costs, budgets=budget.limits(),
+                             storage=storage or folder/'search.journal', name=name)
+        search.run(negative_loss, n, algorithm, seed, progress)
         agree('done', 'the end')()
         search.sync() # what the other workers found last
-        frame = search.frame()
-        if is_first() and search.is_cut and search.n_done < n:
-            state = f'{str(folder)!r} has {len(frame)} of {n} paths'
+        work = search
+        refined = {}
+        if refine and not _is_unfinished(search):
+            tuned = _tuned_scorer(learn, config, n_calibration, benchmark)
+            work, refined = _refine(search, refine, tuned, progress, benchmark.measure)
+        frame = work.frame()
+        if is_first() and _is_unfinished(work):
+            state = f'{str(folder)!r} has {work.n_done} of {work.n_wanted} scores'
             print(f'{state}: search again to go on', file=sys.stderr)
         elif is_first():
             write_parquet(frame, folder/'search.parquet')
-            best = frame.path[0]
-            value, loss = score(space.parse(best))
-            scores = {f'{benchmark.measure}_super': value, 'loss_super': loss}
-            result = dict(path=best, **scores, n=len(frame), algorithm=algorithm,
-                          budgets=limits, device=budget.device or None)
-            result |= {cost: frame[cost][0].item() for cost in costs}
+            about = dict(n=len(frame), algorithm=algorithm, device=budget.device or None)
+            result = _found(search, frame, score, benchmark.measure) | about
+            if refined: result['refined'] = refined
             add_result(folder, 'search', result, started)
         agree('written', 'the end')()
     return frame

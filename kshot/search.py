@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from .base.files import FileLock
 from .base.storage import lock_folder, open_study, quiet_optuna, storage_errors
 from .space import Path, Space
@@ -127,6 +127,7 @@ def frame(self:Search) -> pd.DataFrame: # path (string), score, a column per cos
 @patch
 def take(self:Search,
     path:Path, # op index per block
+    wait:bool=False, # for another worker that has claimed it? Then it may be scored
 ) -> bool:
     "Claim a path, if it fits, has no score and no other claim; return whether that worked."
     if not self.fits(path): return False
@@ -134,7 +135,7 @@ def take(self:Search,
     if path in self.scores: return False
     if self.locks is None: return True
     lock = self._lock(self.space.format(path))
-    if not lock.acquire(wait=False): return False
+    if not lock.acquire(wait): return False
     self.sync()
     if path in self.scores:
         lock.release()
@@ -286,13 +287,15 @@ def finish(self:Search,
     if path in self.replay: return self.study.tell(trial, self.replay.pop(path).values)
     self.study.add_trials(self.replay.values()) # scored by other workers
     self.replay.clear()
-    try:
-        finished = self.study.tell(trial, self._values(path, score))
-        self.sync() # without locks another worker may have recorded it by now
-        if path not in self.scores:
-            with storage_errors(self.storage): self.record.add_trial(finished)
+    try: self._keep(path, self.study.tell(trial, self._values(path, score)))
     finally: self._release()
     self.sync()
+
+@patch
+def _keep(self:Search, path:Path, finished:FrozenTrial): # in the record
+    self.sync() # without locks another worker may have recorded it by now
+    if path in self.scores: return
+    with storage_errors(self.storage): self.record.add_trial(finished)
 
 @patch
 def _values(self:Search, path:Path, score:Callable) -> list[float]: # one per objective
@@ -300,6 +303,22 @@ def _values(self:Search, path:Path, score:Callable) -> list[float]: # one per ob
     if math.isnan(value):
         raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
     return [value, float(self.cost(path)[self.tradeoff])] if self.tradeoff else [value]
+
+# %% ../nbs/64_search.ipynb #64f10001
+@patch
+def evaluate(self:Search,
+    path:Path,      # that was taken
+    score:Callable, # `score(path)`, a number, higher is better
+):
+    "Score a path of your choice and record it; `ValueError` as in `finish`."
+    try:
+        about = dict(path=self.space.format(path))
+        params = dict(zip(self.blocks, path))
+        values = self._values(path, score)
+        self._keep(path, create_trial(params=params, distributions=self.blocks,
+                                      values=values, user_attrs=about))
+    finally: self._release()
+    self.sync()
 
 # %% ../nbs/64_search.ipynb #f8985169
 @patch

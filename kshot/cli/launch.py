@@ -172,6 +172,7 @@ def _rank_text(frame:pd.DataFrame) -> str:
 # %% ../../nbs/cli/30_launch.ipynb #8f818bae
 @command(examples={
     '--name first --macs 500e3': 'NSGA-II within a limit of multiply-accumulates',
+    '--name first --refine 20': 'let the 20 best paths train on by themselves, then choose',
     '--name first --algorithm exhaustive --n_paths 625': 'every path of the digits space',
     '--name nb201 --latency_ms 5 --device pixel3': 'within a measured latency'})
 def search(
@@ -182,6 +183,7 @@ def search(
     seed:int=0,          # seed of the search
     n_calibration:int=4, # batches to recalibrate batch norm on; 0: tracked or the batch's statistics
     storage:str='',      # URL of a database that workers share; '': a journal in the run's folder
+    refine:int=0,        # best paths to train on, by themselves, before one is chosen; 0: none
     budget:Budget=Budget(), # what the best path may cost
 ):
     "Search a trained run for its best path; repeat the command to resume, or to share the work."
@@ -190,13 +192,21 @@ def search(
     if storage and '://' not in storage:
         raise ValueError(f'storage {storage!r}, expected a URL like postgresql://USER@HOST/NAME')
     storage = storage or None
-    search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage, progress=True)
+    search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage, True, refine)
     _report(folder)
     best = read_run(folder)['results']['search']
     costs = f'{best["macs"]:,} MACs, {best["n_params"]:,} parameters'
     score = f'{measure_of(best)}_super'
-    text = f'{best["path"]}: {word_of(score)} {best[score]:.3f}, {costs}'
-    return best, f'{text} ({best["n"]} paths scored)'
+    text = f'{best["path"]}: {word_of(score)} {best[score]:.3f}, {costs} ({best["n"]} paths scored)'
+    return best, f'{text}{_refined_text(best)}'
+
+def _refined_text(best:dict) -> str: # '': it was not refined
+    if 'refined' not in best: return ''
+    about = best['refined']
+    measure = measure_of(best)
+    cost = f'{about["updates"]:,} updates, {about["seconds"]:.0f} s'
+    return (f'\nthe best of {about["n"]} that trained on ({cost}): number {about["rank"]} of the search, '
+            f'{word_of(measure)} {about[measure]:.3f} after its own updates')
 
 # %% ../../nbs/cli/30_launch.ipynb #7f941d3d
 @command(examples={

@@ -17,6 +17,7 @@ from ..base.files import read_log
 from ..config import Config, space_of
 from ..figures.look import label_of, word_of
 from ..figures.page import write_report
+from ..figures.runs import rung_columns
 from ..rank import align_scores, measure_of, rank_scores
 from ..record import read_run
 from ..runs import load_codes
@@ -110,11 +111,34 @@ def _search_sections(folder:FilePath) -> list[tuple]:
     if frame is None or best is None: return [] # the search may have been killed between the two
     space = space_of(Config(**record['config']))
     score = 'supernet score (negative loss)'
-    frame = frame.rename(columns={'score': score})
     budget = best['budgets'].get('macs')
-    front = figures.plot_pareto(frame, score=score, budget=budget, best=best['path'])
+    scored = frame.rename(columns={'score': score})
+    front = figures.plot_pareto(scored, score=score, budget=budget, best=best['path'])
     drawing = figures.draw_path(space, best['path'], title=f'Found: {best["path"]}')
-    return [('Search', _search_text(best, record['results'].get('retrain')), front, drawing)]
+    sections = [('Search', _search_text(best, record['results'].get('retrain')), front, drawing)]
+    return sections + _refined_sections(frame, best, record['seconds'].get('search', 0))
+
+# %% ../../nbs/cli/20_report.ipynb #20f10002
+def _refined_text(best:dict, seconds:float) -> str: # of search and refinement
+    about = best['refined']
+    measure = measure_of(best)
+    rungs = ', '.join(map(str, about['rungs']))
+    how = (f'{about["n"]} of them trained on alone, from the weights that they inherit, and were '
+           f'compared after {rungs} updates; the best third went on.')
+    pick = (f'Chosen: {best["path"]}, number {about["rank"]} of the search, '
+            f'supernet {_word(best)} {best[f"{measure}_super"]:.3f}, '
+            f'{about[measure]:.3f} after its own updates.')
+    cost = (f'Search: {seconds - about["seconds"]:,.0f} seconds; '
+            f'training on: {about["updates"]:,} updates, {about["seconds"]:,.0f} seconds.')
+    return f'{how} {pick} {cost}'
+
+def _refined_sections(frame:pd.DataFrame, best:dict, seconds:float) -> list[tuple]:
+    if 'refined' not in best: return []
+    columns = [*rung_columns(frame).values()]
+    place = frame.score.rank(ascending=False, method='first').astype(int)
+    table = frame.assign(number=place)[['path', 'number', 'score', *columns]]
+    table = table[table[columns[0]].notna()].head(10).round(4)
+    return [('Trained on', _refined_text(best, seconds), figures.plot_refined(frame), table)]
 
 # %% ../../nbs/cli/20_report.ipynb #d2ede4b0
 def make_report(

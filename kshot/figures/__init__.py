@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['draw_path', 'plot_accuracy', 'plot_code', 'plot_codes', 'plot_codes_by_op', 'plot_effects', 'plot_heuristic',
-           'plot_live', 'plot_metrics', 'plot_pareto', 'plot_protocol', 'plot_rank', 'plot_shares', 'plot_top_tau',
-           'plot_training']
+           'plot_live', 'plot_metrics', 'plot_pareto', 'plot_protocol', 'plot_rank', 'plot_refined', 'plot_shares',
+           'plot_top_tau', 'plot_training']
 
 # %% ../../nbs/figures/70_index.ipynb #f1a00004
 from .codes import draw_path, plot_code, plot_codes, plot_codes_by_op
-from .runs import plot_live, plot_pareto, plot_training
+from .runs import plot_live, plot_pareto, plot_refined, plot_training
 from .ranking import plot_protocol, plot_rank, plot_top_tau
 from .accuracy import plot_accuracy, plot_shares
 from .effects import plot_effects, plot_heuristic, plot_metrics
@@ -17,4 +17,4 @@ from .effects import plot_effects, plot_heuristic, plot_metrics
 # %% ../../nbs/figures/70_index.ipynb #f1a00005
 _all_ = ['draw_path', 'plot_accuracy', 'plot_code', 'plot_codes', 'plot_codes_by_op',
          'plot_effects', 'plot_heuristic', 'plot_live', 'plot_metrics', 'plot_pareto',
-         'plot_protocol', 'plot_rank', 'plot_shares', 'plot_top_tau', 'plot_training']
+         'plot_protocol', 'plot_rank', 'plot_refined', 'plot_shares', 'plot_top_tau', 'plot_training']
