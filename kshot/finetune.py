@@ -17,7 +17,7 @@ from .data import pairs
 from .evaluate import Batches, accuracy_loss, calibrated_forward, evaluating
 from .space import Path
 from .supernet import Supernet, fresh_stats
-from .train import ClassLoss, sgd
+from .train import ClassLoss, by_decay, sgd
 
 # %% ../nbs/59_finetune.ipynb #59f10006
 def _forked_rng(): # a context: torch's global generators stay as they are
@@ -65,8 +65,10 @@ class FineTuning:
         self.weights = {name: copies[id(t)] for name,t in inherited.items()}
         self.stats = fresh_stats(supernet, path)
         if supernet.track_bn: self.stats = _tracked(supernet, self.stats)
-        by_decay = [[p for p in copies.values() if p.ndim > 1], [p for p in copies.values() if p.ndim <= 1]]
-        self.opt = sgd(by_decay, lr, wd)
+        self.opt = sgd(by_decay(nn.ParameterList(copies.values())), lr, wd)
+
+    @property
+    def device(self) -> torch.device: return next(self.supernet.parameters()).device
 
 def _tracked(supernet:Supernet, names:Iterable[str]) -> dict[str, Tensor]: # statistics over all paths
     return {name: supernet.net.get_buffer(name).clone() for name in names}
@@ -82,10 +84,9 @@ def run(self:FineTuning,
         raise ValueError(f'{n_steps} steps after {self.n_done}, '
                          f'expected 0 to {len(self.batches)-self.n_done}: one a batch')
     loss_func = self.loss_func or ClassLoss(label_smoothing=.1)
-    device = next(self.supernet.parameters()).device
     with evaluating(self.supernet), torch.enable_grad(), _forked_rng():
         self.supernet.train()
-        for x,y in pairs(self.batches[self.n_done:end], device):
+        for x,y in pairs(self.batches[self.n_done:end], self.device):
             torch.manual_seed(self.seed + self.n_done) # the same, in however many calls
             out = self.supernet.run_with(x, self.path, self.weights, self.stats)
             loss_func(out, y).backward()
@@ -109,5 +110,5 @@ def score(self:FineTuning,
     metric:Any=None,          # as in `kshot.evaluate.accuracy_loss`
 ): # as `kshot.evaluate.score_path`
     "Score the path as it is now; `ValueError` as in `kshot.evaluate.accuracy_loss`."
-    on_device = pairs(batches, next(self.supernet.parameters()).device)
+    on_device = pairs(batches, self.device)
     return accuracy_loss(self.forward(calibration), on_device, False, self.loss_func, metric)
