@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from .average import AverageCallback
 from .base.distributed import agree, gather, is_first, mean
 from .base.files import to_json, write_file
 from .base.inputs import n_rows
@@ -102,11 +103,15 @@ def run_identity(
                 K=learn.model.K, track_bn=learn.model.track_bn, codes=type(cb.codes).__name__,
                 mode=cb.mode, sampler=type(cb.sampler).__name__)
 
-def _optimizers(learn:Learner) -> dict: # what must also agree to resume
+def _average(learn:Learner) -> AverageCallback|None: return getattr(learn, 'average', None)
+
+def _training(learn:Learner) -> dict: # what must also agree to resume
     codes_opt = learn.k_shot.codes_opt
     name = type(codes_opt).__name__ if codes_opt else None
-    return dict(opt=type(learn.opt.opt).__name__, codes_opt=name)
+    average = _average(learn)
+    return dict(opt=type(learn.opt.opt).__name__, codes_opt=name, ema=average.decay if average else 0.)
 
+# %% ../nbs/52_checkpoint.ipynb #7c88f8af
 def run_state(
     learn:Learner, # in training
 ) -> tuple[dict[str, Tensor], dict]: # tensors by name, and the rest for JSON
@@ -116,14 +121,17 @@ def run_state(
                  codes=cb.codes.state_dict(), opt=optimizer_state(learn.opt.opt),
                  rng=_random_states(learn))
     if cb.learns: parts['codes_opt'] = optimizer_state(cb.codes_opt)
+    average = _average(learn)
+    if average: parts['average'] = learn.model.tensors(average.averages)
     tensors = {}
     for part,named in parts.items():
         for name,t in named.items(): tensors[f'{part}/{name}'] = t
     if cb.code_grads: tensors['code_grads'] = torch.stack([grad for _,grad in cb.code_grads])
-    run = run_identity(learn) | _optimizers(learn)
+    run = run_identity(learn) | _training(learn)
     paths = [path for path,_ in cb.code_grads]
     meta = dict(run=run, epoch=learn.epoch+1, n_epoch=learn.n_epoch, code_grads=paths,
-                sampler=cb.sampler.state())
+                sampler=cb.sampler.state(), n_updates=cb.n_updates)
+    if average: meta['n_averaged'] = average.n_steps
     return tensors, meta
 
 def generator_of(
@@ -202,12 +210,14 @@ def load_model(
     learn:Learner,             # changed in place
     tensors:dict[str, Tensor], # what `run_state` returned
     meta:dict,                 # likewise
+    is_live:bool=False,        # load the weights that train, not their average?
 ):
-    "Load supernets and code module; `ValueError` for those of another kind of run."
+    "Load supernets (averaged, if they are) and code module; `ValueError` for another kind of run."
     check_run(meta, run_identity(learn))
     model = learn.model
     codes = learn.k_shot.codes
-    banks = model.from_tensors(part_of(tensors, 'weights'))
+    average = {} if is_live else part_of(tensors, 'average')
+    banks = model.from_tensors(average or part_of(tensors, 'weights'))
     check_tensors(part_of(tensors, 'codes'), codes.state_dict())
     device = next(model.parameters()).device
     kept = {name: t.to(device) for name,t in part_of(tensors, 'stats').items()}
@@ -226,10 +236,12 @@ def load_state(
     "Resume from a state; `ValueError` for another kind of run or number of epochs."
     if meta.get('n_epoch') != learn.n_epoch:
         raise ValueError(f"checkpoint of {meta.get('n_epoch')} epochs, expected {learn.n_epoch}")
-    check_run(meta, _optimizers(learn))
+    check_run(meta, _training(learn))
     _check_random_states(learn, tensors)
-    load_model(learn, tensors, meta)
+    load_model(learn, tensors, meta, is_live=True)
     cb = learn.k_shot
+    cb.n_updates = meta['n_updates']
+    if _average(learn): _load_average(learn, tensors, meta)
     load_optimizer_state(learn.opt.opt, part_of(tensors, 'opt'))
     if cb.learns: load_optimizer_state(cb.codes_opt, part_of(tensors, 'codes_opt'))
     device = next(learn.model.parameters()).device
@@ -242,6 +254,12 @@ def load_state(
     torch.set_rng_state(tensors['rng/torch'])
     if torch.cuda.is_available() and 'rng/cuda' in tensors:
         torch.cuda.set_rng_state(tensors['rng/cuda'])
+
+def _load_average(learn:Learner, tensors:dict[str, Tensor], meta:dict):
+    banks = learn.model.from_tensors(part_of(tensors, 'average'))
+    live = learn.model.banks
+    moved = {key: bank.to(live[key].device) for key,bank in banks.items()}
+    learn.average.load(moved, meta['n_averaged'])
 
 def _check_random_states(learn:Learner, tensors:dict[str, Tensor]):
     generator = generator_of(learn.dls.train)

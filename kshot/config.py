@@ -42,6 +42,8 @@ class Config(Sharing):
     block:int=0            # vertex: the block whose op chooses the supernet
     mode:Mode='joint'      # when the codes learn: in every step, or in steps of their own
     sampler:SamplerName='uniform' # how the paths of a step are drawn
+    distill:bool=False     # sandwich, fair: let the other paths of a step learn from the last one?
+    ema:float=0.           # decay of the average of the supernets that is scored; 0: no average
     max_macs:float=0.      # most multiply-accumulates of a path that trains; 0: no limit
     data:str|None=None     # digits, cifar10, cifar100, imagenet16, own, or imagenet for any image folder
     folder:str|None=None   # of the images; None: in the data folder
@@ -115,6 +117,7 @@ def _check_sizes(config:Config):
     for name in ('lr_end', 'wd', 'width_weight', 'apart', 'seed', 'max_macs'):
         value = getattr(config, name)
         if value < 0: raise ValueError(f'{name}={value}, expected at least 0')
+    if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema}, expected 0 to below 1')
     if not 0 <= config.warmup < 1:
         raise ValueError(f'warmup={config.warmup}, expected a share of training, 0 to below 1')
 
@@ -129,7 +132,15 @@ def _check_codes(config:Config, space:Space):
     if config.codes == 'free' and n_paths > 1e6:
         raise ValueError(f'codes free for {n_paths:,} paths, expected at most a million')
 
+def _check_distill(config:Config):
+    if config.distill and config.sampler not in ('sandwich', 'fair'):
+        given = f'distill with sampler {config.sampler!r}'
+        raise ValueError(f'{given}, expected sandwich or fair: the others draw one path per step')
+
 def _check_bn(config:Config):
+    if config.track_bn and config.ema:
+        raise ValueError(f'track_bn with ema={config.ema}, expected ema=0: '
+                         'tracked statistics are those of the live weights')
     if config.track_bn and config.channelling in ('random', 'shuffled', 'interpolated'):
         given = f'track_bn with channelling {config.channelling!r}'
         raise ValueError(f'{given}, expected fixed or disjoint: statistics are of fixed channels')
@@ -156,6 +167,7 @@ def check_config(
         given = f'data {config.data!r} for space {config.space!r}'
         raise ValueError(f'{given}, expected {", ".join(fitting)}')
     _check_codes(config, space)
+    _check_distill(config)
     _check_bn(config)
 
 # %% ../nbs/80_config.ipynb #06643e4c
@@ -242,8 +254,8 @@ def cost_of(
 def _sampler(config, space, cost, score=None) -> UniformSampler:
     def is_cheap(path): return cost.macs(path) <= config.max_macs
     accept = is_cheap if config.max_macs else None
-    of_greedy = dict(score=score) if config.sampler == 'greedy' else {}
-    return get_sampler(config.sampler, space, config.seed, accept=accept, **of_greedy)
+    own = dict(greedy=dict(score=score), sandwich=dict(cost=cost.macs)).get(config.sampler, {})
+    return get_sampler(config.sampler, space, config.seed, accept=accept, **own)
 
 def _regularization(config, space) -> Callable[..., Tensor]|None: # of codes
     if not config.widths or config.K == 1: return None
@@ -276,7 +288,7 @@ def make_learner(
         opt_func=partial(sgd, wd=config.wd), loss_func=benchmark.loss_func,
         metrics=accuracy if benchmark.metric is None else benchmark.metric,
         even_step=config.even_step, apart=config.apart,
-        track_bn=config.track_bn, bf16=bf16,
+        track_bn=config.track_bn, bf16=bf16, distill=config.distill, ema=config.ema,
         mode=config.mode, lr_codes=config.lr_codes, warmup=config.warmup,
         regularize=_regularization(config, space))
     if config.drop_path: learn.add_cb(DropPathCallback())

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from .average import decay_at
 from .base.distributed import agree, average_, average_stats, gather, is_first, world
 from .base.inputs import Input, n_rows
 from .evaluate import accuracy_loss
@@ -139,8 +140,7 @@ class Average(AveragedModel):
     def _update(self, averaged:list[Tensor], current:list[Tensor], _):
         n = self.n_averaged.item()
         if averaged[0].is_floating_point():
-            decay = min(self.decay, (1+n)/(10+n))
-            get_ema_multi_avg_fn(decay)(averaged, current, n)
+            get_ema_multi_avg_fn(decay_at(n, self.decay))(averaged, current, n)
         else:
             for mean,t in zip(averaged, current): mean.copy_(t)
 

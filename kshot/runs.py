@@ -69,8 +69,7 @@ def _note_training(folder:FilePath, config:Config, learn:Learner, cb:CheckpointC
     sampler = learn.k_shot.sampler
     n_epochs = len(cb.log)
     if n_epochs == config.epochs or getattr(sampler, 'is_done', False):
-        updates = n_epochs*len(learn.dls.train)*sampler.n_a_step # passes over a batch, forward and back
-        result = cb.log[-1] | dict(updates=updates)
+        result = cb.log[-1] | dict(updates=learn.k_shot.n_updates)
         add_result(folder, 'train', result, time.monotonic()-cb.seconds)
     else:
         progress = f'{str(folder)!r} has {n_epochs} of {config.epochs} epochs'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFUSALS', 'SamplerName', 'SAMPLERS', 'UniformSampler', 'RandomNASSampler', 'FairSampler', 'Pool', 'GreedySampler',
-           'get_sampler']
+           'largest_path', 'SandwichSampler', 'get_sampler']
 
 # %% ../nbs/40_sampler.ipynb #de75dbef
 import math
@@ -235,9 +235,65 @@ def load_state(self:GreedySampler,
     pool.share_new = state['share_new']
     pool.n_scored = state['n_scored']
 
+# %% ../nbs/40_sampler.ipynb #5a4dc0d1
+def largest_path(
+    space:Space, # what to look through
+    cost:Callable[[Path], float], # size of a path; its negative finds the smallest
+    accept:Callable[[Path], bool]|None=None, # as in `UniformSampler`
+    n_starts:int=8, # random paths to begin at
+) -> Path:       # no single change makes it larger
+    "Return the largest accepted path, found block by block; `ValueError` as in `draw`."
+    starts = UniformSampler(space, 0, accept)
+    is_path = space.allows
+    if space.members is not None and space.is_valid is None: is_path = set(space).__contains__
+    def is_open(path): return is_path(path) and (accept is None or accept(path))
+    ends = [_climb(space, starts.draw(), cost, is_open) for _ in range(n_starts)]
+    return _pruned(space, max(ends, key=cost))
+
+def _climb(space:Space, path:Path, cost:Callable, is_open:Callable) -> Path:
+    before = None
+    while path != before:
+        before = path
+        for l,n in enumerate(space.sizes):
+            choices = [path[:l] + (o,) + path[l+1:] for o in range(n)]
+            path = max(filter(is_open, choices), key=cost)
+    return path
+
+# %% ../nbs/40_sampler.ipynb #5a4dc0d2
+class SandwichSampler(UniformSampler):
+    "Draw a few random paths per step, then the smallest and the largest of all (sandwich rule)."
+    def __init__(self,
+        space:Space, # what to draw from
+        seed:int=0,  # of the draws
+        accept:Callable[[Path], bool]|None=None, # as in `UniformSampler`
+        *,
+        cost:Callable[[Path], float]|None=None, # size of a path, such as its MACs
+        n_between:int=2, # random paths of a step
+        smallest:Path|None=None, # None: by `cost`, among the accepted
+        largest:Path|None=None,  # None: likewise
+    ):
+        if n_between < 0: raise ValueError(f'n_between={n_between}, expected at least 0')
+        if cost is None and (smallest is None or largest is None):
+            raise ValueError('a sandwich without cost, expected cost=, or smallest= and largest=')
+        super().__init__(space, seed, accept)
+        def negative_cost(path): return -cost(path)
+        if smallest is None: smallest = largest_path(space, negative_cost, accept)
+        if largest is None: largest = largest_path(space, cost, accept)
+        self.smallest = space.check(smallest)
+        self.largest = space.check(largest)
+        self.n_between = n_between
+        self.n_a_step = n_between + 2
+
+    def __call__(self,
+        progress:float=0., # share of the training that is done, 0-1; makes no difference here
+    ) -> list[Path]:
+        "Return the paths of the next step, the largest last; `ValueError` as in `draw`."
+        between = [self.draw() for _ in range(self.n_between)]
+        return [*between, self.smallest, self.largest]
+
 # %% ../nbs/40_sampler.ipynb #fc954569
-SamplerName = Literal['uniform', 'random_nas', 'fair', 'greedy']
-_SAMPLERS = (UniformSampler, RandomNASSampler, FairSampler, GreedySampler)
+SamplerName = Literal['uniform', 'random_nas', 'fair', 'greedy', 'sandwich']
+_SAMPLERS = (UniformSampler, RandomNASSampler, FairSampler, GreedySampler, SandwichSampler)
 SAMPLERS = dict(zip(get_args(SamplerName), _SAMPLERS, strict=True))
 
 def get_sampler(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mode', 'by_decay', 'torch_optimizer', 'sgd', 'ClassLoss', 'accuracy', 'LocalLoss', 'cosine', 'SkipValidation',
            'device_of', 'check_loaders', 'InputsCallback', 'train_alone', 'KShotCallback', 'OtherPathsCallback',
-           'FewShotCallback', 'KShotLearner', 'kshot_learner', 'DropPathCallback']
+           'distillation', 'FewShotCallback', 'KShotLearner', 'kshot_learner', 'DropPathCallback']
 
 # %% ../nbs/50_train.ipynb #d3ab520e
 from collections.abc import Callable, Sequence
@@ -24,8 +24,11 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, to_float
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
+from torch.nn import functional as F
+from .average import AverageCallback
 from .base.distributed import agree, average_, average_stats, world
 from .base.inputs import Input, join_rows, map_tensors, n_rows
+from .cost import Cost
 from .sampler import UniformSampler, get_sampler
 from .nets.sharing import drop_paths_of, set_drop_path
 from .simplex import SimplexNet, UniformCode
@@ -214,6 +217,7 @@ def before_fit(self:KShotCallback):
     self._train_banks(True)
     self.model.zero_grad()
     self.code_grads = []
+    self.n_updates = 0 # forward and backward passes over a batch, of any path
 
 @patch
 def before_batch(self:KShotCallback):
@@ -247,6 +251,7 @@ def _try(self:KShotCallback, x:Input, why:str):
 @patch
 def _start_supernet_step(self:KShotCallback):
     self.paths = self.sampler(self.learn.pct_train)
+    self.n_updates += len(self.paths)
     collects = self.is_warm and self.mode == 'joint'
     self.leaves = self.codes_now(self.paths).requires_grad_(collects)
     self._start_comparing()
@@ -256,6 +261,7 @@ def _start_supernet_step(self:KShotCallback):
 @patch
 def _start_simplex_step(self:KShotCallback):
     self._train_banks(False)
+    self.n_updates += 1
     n_paths = min(self.n_paths, max(1, n_rows(self.batch)//2)) # a last batch may be small
     self.paths = []
     while len(self.paths) < n_paths: self.paths += self.sampler(self.learn.pct_train)
@@ -299,6 +305,11 @@ class OtherPathsCallback(Callback):
     order = -50 # sees the loss before other callbacks change it
     run_valid = False
 
+    def __init__(self,
+        distill:Callable|None=None, # `distill(out, teacher)`, the loss of all but the last path
+    ):
+        self.distill = distill
+
     def __call__(self, event_name):
         "Handle an event, one of three."
         if event_name in ('after_pred', 'after_loss', 'after_backward'): super().__call__(event_name)
@@ -312,6 +323,7 @@ class OtherPathsCallback(Callback):
     def after_loss(self):
         self.factor = None # gradient of the final loss with respect to this one
         if self.loss_grad.requires_grad: self.loss_grad.register_hook(self._keep)
+        if self.distill: self.teacher = map_tensors(Tensor.detach, self.pred)
 
     def _keep(self, factor): self.factor = factor
 
@@ -326,7 +338,9 @@ class OtherPathsCallback(Callback):
         k_shot = self.k_shot
         with torch.autocast(*self.autocast):
             pred = self.model(k_shot.batch, path, code, k_shot.gradients)
-            return self.loss_func(to_float(pred) if self.autocast[2] else pred, *self.yb)
+            if self.autocast[2]: pred = to_float(pred)
+            if self.distill: return self.distill(pred, self.teacher)
+            return self.loss_func(pred, *self.yb)
 
     def divide(self,
         grad:Tensor, # of codes
@@ -382,6 +396,24 @@ def after_batch(self:KShotCallback):
 def after_train(self:KShotCallback):
     "Average tracked batch-norm statistics over processes."
     average_stats(self.model)
+
+# %% ../nbs/50_train.ipynb #d15711a1
+def distillation(
+    out:Tensor,     # `(B, n_classes, ...)` logits
+    teacher:Tensor, # `(B, n_classes, ...)` logits to learn from
+) -> Tensor:        # mean over the batch
+    "Return the cross-entropy of outputs against a teacher's probabilities."
+    return F.cross_entropy(out, teacher.softmax(1))
+
+def _distillation(distill:bool|Callable, loss_func:Callable, sampler:UniformSampler) -> Callable|None:
+    if not distill: return None
+    if getattr(sampler, 'n_a_step', None) == 1:
+        raise ValueError(f'distill with {type(sampler).__name__}, which draws one path per step, '
+                         "expected sampler='sandwich' or 'fair'")
+    if callable(distill): return distill
+    if isinstance(loss_func, nn.CrossEntropyLoss): return distillation
+    raise ValueError(f'distill=True with loss_func {loss_func!r}, expected a cross-entropy: '
+                     'otherwise pass distill=loss, called as loss(out, teacher)')
 
 # %% ../nbs/50_train.ipynb #a3f42a5e
 @patch
@@ -464,6 +496,13 @@ class KShotLearner(Learner):
                              'has new_empty, or TensorLoader: use learn.save')
         super().export(*args, **kwargs)
 
+# %% ../nbs/50_train.ipynb #4b6aa817
+def _named_sampler(name, space, seed, net, ops, dls) -> UniformSampler:
+    if name != 'sandwich': return get_sampler(name, space, seed)
+    check_loaders(dls)
+    x, _ = next(pairs(dls.valid, device_of(dls)))
+    return get_sampler(name, space, seed, cost=Cost(net, x, ops).macs)
+
 # %% ../nbs/50_train.ipynb #4b6aa818
 def kshot_learner(
     net:nn.Module,   # `forward(x, path)`, see `kshot.networks`
@@ -476,6 +515,8 @@ def kshot_learner(
     opt_func:Callable[..., OptimWrapper]=sgd, # optimizer of the banks, as `sgd` or `torch_optimizer`
     loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy with smoothing .1
     metrics:Callable|Sequence|None=None, # of fastai, or `metric(out, y)`; None: accuracy of a cross-entropy
+    distill:bool|Callable=False, # learn other paths from the last one? Or `distill(out, teacher)`, a mean
+    ema:float=0.,    # decay of the average that the model becomes at the end; 0: none
     **kwargs,        # of `Supernet` (`ops`, ...), `KShotCallback` and fastai's `Learner` (`lr`, ...)
 ) -> KShotLearner:   # its `model` is the `Supernet`, and `model.codes` makes the codes
     "Return a learner of K-shot supernets; `ValueError` for a network of another space."
@@ -494,10 +535,12 @@ def kshot_learner(
     loss_func, metrics = _objective(loss_func, metrics, smoothing=.1)
     of_learner = dict(loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics)
     learn = KShotLearner(dls, supernet, **of_learner, **kwargs)
-    if isinstance(sampler, str): sampler = get_sampler(sampler, space, seed)
+    if isinstance(sampler, str): sampler = _named_sampler(sampler, space, seed, net, supernet.ops, dls)
     elif not hasattr(sampler, 'space'): sampler = sampler(learn)
-    learn.add_cbs([KShotCallback(codes, sampler, **of_callback), OtherPathsCallback()])
+    other_paths = OtherPathsCallback(_distillation(distill, loss_func, sampler))
+    learn.add_cbs([KShotCallback(codes, sampler, **of_callback), other_paths])
     if few_shot: learn.add_cb(few_shot)
+    if ema: learn.add_cb(AverageCallback(ema))
     learn.recorder.smooth_loss = LocalLoss()
     return learn
 

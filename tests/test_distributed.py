@@ -69,7 +69,8 @@ class Spy: # notes the paths of each step
         return self.steps[-1]
 
 with distributed(timeout=60) as shard:
-    config = Config(K=3, bs=160, passes=1, mode=mode, sampler=sampler, warmup=0.)
+    more = dict(distill=True, ema=.9) if sampler == 'sandwich' else {}
+    config = Config(K=3, bs=160, passes=1, mode=mode, sampler=sampler, warmup=0., **more)
     learn = make_learner(config, shard)
     learn.model.double()
     learn.k_shot.codes.double()
@@ -85,7 +86,7 @@ with distributed(timeout=60) as shard:
     save_tensors(f'{fname}.{world().rank}', tensors, dict(sent=sent, mixed=mixed))
 '''
 
-MODES = [('joint', 'uniform'), ('joint', 'fair'), ('alternate', 'uniform')]
+MODES = [('joint', 'uniform'), ('joint', 'fair'), ('joint', 'sandwich'), ('alternate', 'uniform')]
 @pytest.mark.parametrize('mode,sampler', MODES)
 def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path, mode, sampler):
     for n in (1, 2):
@@ -97,7 +98,7 @@ def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path, mode, sampler)
         assert (a[name] - one[name]).abs().max() <= 1e-9*one[name].abs().max(), name
     if mode == 'alternate': return
     # one message a step: the mixed weights of its paths, the gradient of their codes, the loss
-    n_paths = 5 if sampler == 'fair' else 1
+    n_paths = dict(fair=5, sandwich=4).get(sampler, 1)
     assert meta['sent'][:5] == [8*(n_mixed + 3*n_paths + 1) for n_mixed in meta['mixed']]
 
 SMALL = '--K 2 --epochs 4 --passes 10 --bs 200'.split()

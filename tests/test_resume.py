@@ -68,3 +68,13 @@ def free(space): return FreeCode(space, 2)
 @pytest.mark.parametrize('codes', [few_shot, free])
 def test_other_codes(tmp_path, banks, codes):
     check_resume(tmp_path, codes=codes, opt_func=BANKS[banks])
+
+@pytest.mark.parametrize('codes', [None, few_shot])
+@pytest.mark.parametrize('mode', ['joint', 'alternate'])
+def test_sandwich_distillation_and_average(tmp_path, mode, codes):
+    options = dict(sampler='sandwich', distill=True, ema=.9)
+    tensors = check_resume(tmp_path, mode=mode, codes=codes, **options)
+    assert any(not t.equal(tensors[name.replace('average/', 'weights/')])
+               for name,t in tensors.items() if name.startswith('average/'))
+    with pytest.raises(ValueError, match='checkpoint of ema 0.9, expected 0.5'):
+        fit(tmp_path/'halves', resume=True, mode=mode, codes=codes, **options | dict(ema=.5))
