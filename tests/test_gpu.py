@@ -76,7 +76,7 @@ def devices(*modules):
 CONFIG = Config(K=4, passes=2, warmup=0., bs=200, channels=4)
 KINDS = [dict(space='digits'), dict(mode='alternate'), dict(K=1), dict(codes='vertex'),
          dict(codes='free'), dict(sampler='fair'), dict(bf16=True), dict(sampler='greedy'),
-         dict(drop_path=.2, dropout=.2), dict(track_bn=True)]
+         dict(sampler='sandwich', distill=True, ema=.9), dict(drop_path=.2, dropout=.2), dict(track_bn=True)]
 def kind_id(kind): return '-'.join(f'{k}={v}' for k,v in kind.items())
 
 @pytest.mark.parametrize('kind', KINDS, ids=kind_id)

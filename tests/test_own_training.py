@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kshot.base.inputs import map_tensors
+from kshot.base.inputs import map_tensors, tensors_in
 from kshot.checkpoint import CheckpointCallback, load_model, load_newest
 from kshot.data import TensorLoader, as_pair, loaders
 from kshot.evaluate import score_path
@@ -171,6 +171,25 @@ def test_several_supernets_and_paths(kind, mode):
     moved = [not torch.equal(a[0], b) for a,b in zip(learn.model.tensors().values(), net.parameters())]
     assert all(moved)
 
+def match(out, teacher):
+    "Compare outputs of any kind."
+    return sum(F.mse_loss(a, b) for a,b in zip(tensors_in(out), tensors_in(teacher)))
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('mode', ['joint', 'alternate'])
+def test_the_other_paths_learn_from_the_largest(kind, mode):
+    net, x, y, loss_func = make(kind)
+    is_of_classes = loss_func is None or isinstance(loss_func, nn.CrossEntropyLoss)
+    kwargs = dict(K=2, sampler='sandwich', mode=mode, warmup=0., loss_func=loss_func)
+    if not is_of_classes:
+        with pytest.raises(ValueError, match='expected a cross-entropy: otherwise pass distill=loss'):
+            fit(net, of_tensors(x, y), distill=True, **kwargs)
+    learn = fit(net, of_tensors(x, y), 2, distill=is_of_classes or match, **kwargs)
+    assert learn.k_shot.paths[-2:] == [(0,), (1,)] or learn.k_shot.is_simplex_step # nothing, a layer
+    assert all(map(math.isfinite, learn.recorder.values[-1]))
+    moved = [not torch.equal(a[0], b) for a,b in zip(learn.model.tensors().values(), net.parameters())]
+    assert all(moved)
+
 # loaders of torch and fastai
 
 def of_torch(x, y, bs=8, **kwargs):
@@ -317,6 +336,27 @@ def test_fair_paths_weigh_alike(callbacks, factor, K):
     grads = torch.autograd.grad(loss, before.parameters())
     for p,q,grad in zip(codes.parameters(), before.parameters(), grads):
         torch.testing.assert_close(p, q-grad, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('callbacks,factor', [
+    (['accumulate'], 1.), ([(7, 'after_loss')], 1024.), (['accumulate', (10, 'before_backward')], 1024.)])
+def test_distilled_paths_weigh_as_much_as_their_teacher(callbacks, factor):
+    net, x, y, _ = make('rows')
+    keep = Keep()
+    is_accumulating = 'accumulate' in callbacks
+    cbs = [GradientAccumulation(16) if args == 'accumulate' else Scale(*args) for args in callbacks]
+    kwargs = dict(sampler=Fixed(*PATHS), distill=True, lr=0.)
+    learn = fit(net, of_tensors(x, y), cbs=[*cbs, keep], **kwargs)
+    batches = [*learn.dls.train]
+    steps = [batches] if is_accumulating else [[batch] for batch in batches]
+    for grads,batches in zip(keep.grads, steps, strict=True):
+        learn.model.zero_grad()
+        for xb,yb in batches:
+            student, teacher = (learn.model(xb, path, torch.ones(1)) for path in PATHS)
+            p = teacher.detach().softmax(1)
+            loss = learn.loss_func(teacher, yb) - (p*student.log_softmax(1)).sum(1).mean()
+            (loss*factor/len(batches)).backward()
+        for key,bank in learn.model.banks.items():
+            torch.testing.assert_close(grads[key], bank.grad, rtol=1e-4, atol=1e-6*factor)
 
 def test_a_loss_of_zero_gives_the_other_paths_their_gradient():
     class Zero(nn.Module):
@@ -527,6 +567,26 @@ def test_a_plain_network_on_tensors_predicts_and_is_exported(tmp_path):
 
 def test_the_learning_rate_finder_leaves_weights_and_codes_alone(tmp_path):
     learn = deep_fit(tmp_path)
+    before = copy.deepcopy(learn.model.state_dict())
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
+    assert same(learn.model.state_dict(), before)
+
+@pytest.mark.parametrize('codes', [None, VertexCode(2, 0)])
+def test_an_interrupted_fit_keeps_the_live_weights(codes, tmp_path):
+    net, x, y, _ = make('rows')
+    class Interrupt(Callback):
+        order = 70
+        def after_epoch(self):
+            self.live = {name: t.clone() for name,t in self.model.tensors().items()}
+            if self.epoch == 1: raise KeyboardInterrupt
+    learn = fit(net, of_tensors(x, y), 0, K=2, codes=codes, ema=.9, path=tmp_path)
+    interrupt = Interrupt()
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(KeyboardInterrupt): learn.fit(3, .1, cbs=interrupt)
+        for name,t in learn.model.tensors().items(): assert t.equal(interrupt.live[name])
+        learn.remove_cb(interrupt)
+        learn.fit(1, .1) # begins a new average
+    assert learn.average.n_steps == 2
     before = copy.deepcopy(learn.model.state_dict())
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
     assert same(learn.model.state_dict(), before)
