@@ -21,7 +21,7 @@ from .benchmark import Benchmark, get_benchmark
 from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
 from .evaluate import accuracy_loss, score_path
 from .gaps import Gaps, find_gaps, sample_paths, train_on
-from .finetune import FineTuning, training_batches
+from .finetune import LR_SHARE, FineTuning, training_batches
 from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
 from .networks import subnet
 from .rank import over_seeds, rank_scores
@@ -65,7 +65,7 @@ def gaps_run(
     question:dict|None=None, # arguments of `get_truth`; None: there is no table
     n_paths:int|None=None,   # of the sample, as in `kshot.gaps.sample_paths`
     steps:Sequence[int]=(15, 40, 100), # as in `kshot.gaps.train_on`
-    lr:float|None=None,      # of training on; None: a fifth of the run's
+    lr:float|None=None,      # of training on; None: `LR_SHARE` of the run's
     n_calibration:int=4,     # training batches for batch norm, as in `score_run`
     seed:int=0,              # of the sample, and of training on
     progress:bool=False,     # show a bar?
@@ -81,7 +81,7 @@ def gaps_run(
         space = space_of(config)
         among = None if truth is None else map(space.parse, truth.index)
         paths = sample_paths(space, n_paths, seed, among)
-        lr = config.lr/5 if lr is None else lr
+        lr = LR_SHARE*config.lr if lr is None else lr
         settings = dict(steps=list(steps), lr=lr, n_calibration=n_calibration, seed=seed,
                         weights=hash_weights(learn))
         kept = _Kept(folder, settings)
@@ -217,7 +217,7 @@ def _tuned_scorer(
     batches = training_batches(learn.dls.train, RUNGS[-1])
     calibration = learn.dls.train.fixed(n_calibration) if n_calibration else None
     valid = held(learn.dls.valid)
-    options = dict(lr=config.lr/5, wd=config.wd, loss_func=benchmark.loss_func)
+    options = dict(lr=LR_SHARE*config.lr, wd=config.wd, loss_func=benchmark.loss_func)
     tunings = {}
     def score(path:Path, n_steps:int) -> tuple:
         tuning = tunings.get(path)

@@ -22,13 +22,13 @@ from ..base.files import StopSignal, Unwritable
 from .report import make_report, scores_of
 from ..figures.look import word_of
 from .tables import tables, text_of
-from ..jobs import Budget, by_scorer, export_run, rank_run, rank_seeds, retrain_run, search_run
+from ..jobs import Budget, by_scorer, export_run, gaps_run, rank_run, rank_seeds, retrain_run, search_run
 from ..rank import measure_of, rank_scores
 from ..record import check_free, environment, read_run, write_run
 from ..retrain import RecipeName
 from ..runs import ensure_trained, score_run, train_run
 from ..search import Algorithm
-from ..tables import get_table, get_truth, reference
+from ..tables import get_table, get_truth, has_table, reference
 
 # %% ../../nbs/cli/30_launch.ipynb #ecdead90
 def run_folder(
@@ -129,9 +129,27 @@ class Truth:
         keys = reference(get_table(table), self.table_data, self.table_split, self.table_epochs)
         return dict(table=table, n=self.n_paths or None, **keys)
 
+# %% ../../nbs/cli/30_launch.ipynb #30a90001
+def _has_truth(truth:Truth, space:str) -> bool: return bool(truth.table) or has_table(space)
+
+def _check_gaps(truth:Truth, space:str, is_trained:bool):
+    "Raise `ValueError` before hours of training."
+    n = world().size
+    if n > 1: raise ValueError(f'gaps in {n} processes, expected one')
+    if not is_trained and not _has_truth(truth, space):
+        raise ValueError(f'gaps of space {space!r}, which has no table, expected a trained run')
+
+def _gaps_texts(ranked:Mapping[str, FilePath], question:dict|None, n_calibration:int) -> list[str]:
+    texts = []
+    for name,folder in ranked.items():
+        gaps = gaps_run(folder, question, n_calibration=n_calibration, progress=True)
+        texts.append(f'{name}: {gaps.words}')
+    return texts
+
 # %% ../../nbs/cli/30_launch.ipynb #0ee48998
 @command(options=Config, examples={
     '--name first': 'rank a trained run, or train K = 4 on digits first',
+    '--name first --gaps': 'what costs its ranking, and what more supernets could win',
     '--name three --K 1 --seeds 3': 'one-shot, mean and spread over three seeds',
     '--name macro --space macro --n_paths 500': '500 paths of NAS-Bench-Macro, on CIFAR-10',
     '--name few --codes vertex --K 5': 'few-shot: the op of the first block selects the supernet'})
@@ -141,6 +159,7 @@ def rank(
     seeds:int=1,         # number of trainings; the first has seed --seed, the next --seed + 1
     n_calibration:int=4, # batches to recalibrate batch norm on; 0: tracked or the batch's statistics
     bf16_scores:bool=False, # score in bfloat16
+    gaps:bool=False,     # train a sample of paths on, to tell what sharing, noise and proxy cost
     truth:Truth=Truth(), # what the scores are ranked against
     **config,
 ):
@@ -149,18 +168,23 @@ def rank(
     scoring = dict(n_calibration=n_calibration, bf16=bf16_scores, progress=True)
     is_trained = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
     known = read_run(folder)['config'] if is_trained else config
-    question = truth.of_space(known['space'])
+    if gaps: _check_gaps(truth, known['space'], is_trained)
+    has_truth = not gaps or _has_truth(truth, known['space'])
+    question = truth.of_space(known['space']) if has_truth else None
     set_threads(known)
+    texts = []
     if is_trained:
         check_same(folder, known | dict(seeds=1), config | dict(seeds=seeds))
-        frame = rank_run(folder, question, **scoring)
+        if has_truth: texts.append(_rank_text(rank_run(folder, question, **scoring)))
         ranked = {name: folder}
     else:
         frame = rank_seeds(Config(**config), folder, question, seeds, **scoring)
+        texts.append(_rank_text(frame))
         first = config['seed']
         ranked = {f'seed_{s}': folder/f'seed_{s}' for s in range(first, first+seeds)}
+    if gaps: texts += _gaps_texts(ranked, question, n_calibration)
     _report(folder, f'kshot: {name}', ranked, question)
-    return read_run(folder)['results']['rank'], _rank_text(frame)
+    return read_run(folder)['results']['rank' if has_truth else 'gaps'], '\n'.join(texts)
 
 _RANK_COLUMNS = ['scorer', 'n_seeds', 'tau', 'tau_std', 'low', 'high', 'spearman', 'sparse_tau',
                  'top_tau', 'top_tau_std', 'regret_n', 'surpass_random']

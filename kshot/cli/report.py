@@ -17,6 +17,7 @@ from ..base.files import read_log
 from ..config import Config, space_of
 from ..figures.look import label_of, word_of
 from ..figures.page import write_report
+from ..gaps import Gaps
 from ..figures.runs import rung_columns
 from ..rank import align_scores, measure_of, rank_scores
 from ..record import read_run
@@ -72,6 +73,18 @@ def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
     bars = figures.plot_protocol(by_scorer, names)
     return [('Ranking', text, scatter, bars, protocol.round(3)),
             (heading, figures.plot_accuracy(all_scores, by='name'))]
+
+# %% ../../nbs/cli/20_report.ipynb #20a90001
+def _gaps_sections(runs:Runs) -> list[tuple]:
+    "Return what costs the ranking of each run for which it was measured to the end."
+    sections = []
+    for name,folder in runs.items():
+        found = read_run(folder)['results'].get('gaps', {})
+        if 'curve' not in found: continue
+        heading = 'Sharing, noise and proxy'
+        if len(runs) > 1: heading += f': {label_of(name)}'
+        sections.append((heading, found['words'], figures.plot_gaps(Gaps.of_record(found))))
+    return sections
 
 # %% ../../nbs/cli/20_report.ipynb #465f3f98
 def _paths_to_draw(space:Space, scores:pd.DataFrame|None) -> list[Path]:
@@ -149,6 +162,7 @@ def make_report(
 ) -> FilePath:               # `fname`
     "Write the report of one run, or of several side by side."
     sections = _rank_sections(runs, question or _question_of(runs))
+    sections += _gaps_sections(runs)
     for folder in runs.values(): sections += _search_sections(folder) + _codes_sections(folder)
     sections += _training_sections(runs)
     configs = pd.DataFrame({name: read_run(folder)['config'] for name,folder in runs.items()})
