@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'optimizer_state', 'load_optimizer_state', 'run_identity', 'run_state', 'generator_of',
-           'check_run', 'check_tensors', 'part_of', 'all_tensors', 'prepare_load', 'load_model', 'load_state',
-           'checkpoints', 'save_newest', 'tidy', 'load_newest', 'TrainingStopped', 'stop_training', 'first_not_finite',
-           'is_at_chance', 'log_name', 'CheckpointCallback', 'broken_images', 'plain_errors']
+           'check_run', 'check_tensors', 'part_of', 'all_tensors', 'prepare_load', 'load_model', 'load_weights',
+           'load_state', 'checkpoints', 'save_newest', 'tidy', 'load_newest', 'TrainingStopped', 'stop_training',
+           'first_not_finite', 'is_at_chance', 'log_name', 'CheckpointCallback', 'broken_images', 'plain_errors']
 
 # %% ../nbs/52_checkpoint.ipynb #c6107e57
 import json, math, re, sys, time, zlib
@@ -99,9 +99,9 @@ def run_identity(
     "Return what must agree between a checkpoint and the learner that loads its weights."
     cb = learn.k_shot
     space = cb.sampler.space
-    return dict(format=2, space=space.name, blocks=[list(b.choices) for b in space.blocks],
-                K=learn.model.K, track_bn=learn.model.track_bn, codes=type(cb.codes).__name__,
-                mode=cb.mode, sampler=type(cb.sampler).__name__)
+    return dict(format=3, space=space.name, blocks=[list(b.choices) for b in space.blocks],
+                K=cb.K, splits=[list(split) for split in cb.splits], track_bn=learn.model.track_bn,
+                codes=type(cb.codes).__name__, mode=cb.mode, sampler=type(cb.sampler).__name__)
 
 def _average(learn:Learner) -> AverageCallback|None: return getattr(learn, 'average', None)
 
@@ -214,18 +214,29 @@ def load_model(
 ):
     "Load supernets (averaged, if they are) and code module; `ValueError` for another kind of run."
     check_run(meta, run_identity(learn))
-    model = learn.model
     codes = learn.k_shot.codes
-    average = {} if is_live else part_of(tensors, 'average')
-    banks = model.from_tensors(average or part_of(tensors, 'weights'))
     check_tensors(part_of(tensors, 'codes'), codes.state_dict())
+    load_weights(learn, tensors, is_live)
+    codes.load_state_dict(part_of(tensors, 'codes'))
+
+def load_weights(
+    learn:Learner,             # changed in place
+    tensors:dict[str, Tensor], # what `run_state` returned
+    is_live:bool=False,        # load the weights that train, not their average?
+):
+    "Load supernets, after as many splits as they have had; `ValueError` for those of another network."
+    model = learn.model
+    average = {} if is_live else part_of(tensors, 'average')
+    weights = average or part_of(tensors, 'weights')
+    n = len(next(iter(weights.values()), ()))
+    if n > model.K and n % model.K == 0: learn.k_shot.split(n//model.K)
+    banks = model.from_tensors(weights)
     device = next(model.parameters()).device
     kept = {name: t.to(device) for name,t in part_of(tensors, 'stats').items()}
     load_kept = prepare_load(model.net, kept)
     with torch.no_grad():
         for key,bank in model.banks.items(): bank.copy_(banks[key])
     load_kept()
-    codes.load_state_dict(part_of(tensors, 'codes'))
 
 # %% ../nbs/52_checkpoint.ipynb #c3c0de07
 def load_state(

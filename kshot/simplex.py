@@ -84,15 +84,16 @@ class VertexCode(nn.Module):
 
 # %% ../nbs/30_simplex.ipynb #6cc2b2b5
 class FreeCode(nn.Module):
-    "Learn a code of its own for every path, uniform at the start."
+    "Learn a code of its own for every path."
     def __init__(self,
         space:Space, # small enough for one row per path
         K:int,       # length of a code
+        spread:float=1., # standard deviation of the logits at the start
     ):
         super().__init__()
         self.space = space
         self.K = K
-        self.logits = nn.Parameter(torch.zeros(math.prod(space.sizes), K))
+        self.logits = nn.Parameter(spread*torch.randn(math.prod(space.sizes), K))
 
     def forward(self, paths:list[Path]) -> Tensor:
         ids = [self.space.index(path) for path in paths]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Mode', 'by_decay', 'torch_optimizer', 'sgd', 'ClassLoss', 'accuracy', 'LocalLoss', 'cosine', 'SkipValidation',
-           'device_of', 'check_loaders', 'InputsCallback', 'train_alone', 'KShotCallback', 'OtherPathsCallback',
-           'distillation', 'FewShotCallback', 'KShotLearner', 'kshot_learner', 'DropPathCallback']
+           'device_of', 'check_loaders', 'InputsCallback', 'train_alone', 'KShotCallback', 'branching',
+           'OtherPathsCallback', 'distillation', 'KShotLearner', 'kshot_learner', 'DropPathCallback']
 
 # %% ../nbs/50_train.ipynb #d3ab520e
 from collections.abc import Callable, Sequence
@@ -31,9 +31,10 @@ from .base.inputs import Input, join_rows, map_tensors, n_rows
 from .cost import Cost
 from .sampler import UniformSampler, get_sampler
 from .nets.sharing import drop_paths_of, set_drop_path
+from .few_shot import FewShotCallback
 from .simplex import SimplexNet, UniformCode
 from .space import Path, Space
-from .supernet import DeferredGradients, Supernet
+from .supernet import DeferredGradients, Supernet, fold
 
 # %% ../nbs/50_train.ipynb #9420a815
 def by_decay(
@@ -105,12 +106,20 @@ def cosine(
     lr:float,         # largest learning rate
     warmup:float=0.,  # share of training spent rising from lr/25
     end:float=0.,     # learning rate at the end
+    restart:tuple[float, float]|None=None, # share of training, and the learning rate that it falls from again
 ) -> ParamScheduler:  # fastai callback
-    "Raise the learning rate over `warmup`, then lower it to `end`, both along a cosine."
-    fall = SchedCos(lr, end)
-    if not warmup: return ParamScheduler({'lr': fall})
-    rise_and_fall = combine_scheds([warmup, 1-warmup], [SchedCos(lr/25, lr), fall])
-    return ParamScheduler({'lr': rise_and_fall})
+    "Raise the learning rate over `warmup`, then lower it to `end` along a cosine, or along two."
+    shares = [warmup]
+    parts = [SchedCos(lr/25, lr), SchedCos(lr, end)]
+    if restart:
+        at, again = restart
+        if not warmup < at < 1: raise ValueError(f'restart at {at}, expected between {warmup} and 1')
+        shares.append(at)
+        parts.append(SchedCos(again, end))
+    lengths = np.diff([0., *shares, 1.]).tolist()
+    used = [(n, part) for n,part in zip(lengths, parts) if n]
+    if len(used) == 1: return ParamScheduler({'lr': parts[-1]})
+    return ParamScheduler({'lr': combine_scheds(*zip(*used))})
 
 # %% ../nbs/50_train.ipynb #389f9910
 class SkipValidation(Callback):
@@ -181,6 +190,7 @@ class KShotCallback(Callback):
         codes_opt:Callable[..., torch.optim.Optimizer]=torch.optim.Adam, # its optimizer's class
         n_paths:int=16,      # paths per simplex step (paper: bs = 16)
         warmup:float=.1,     # share of training with uniform codes
+        splits:Sequence[tuple[float, int]]=(), # share of training, number of supernets from then on
         regularize:Callable|None=None, # `regularize(codes, paths)`: added to the simplex loss
     ):
         if mode not in get_args(Mode):
@@ -192,15 +202,21 @@ class KShotCallback(Callback):
         self.code_grads = [] # (path, gradient of its code) since the last simplex step
 
     @property
+    def K(self) -> int: # number of supernets in the end
+        return self.splits[-1][1] if self.splits else self.model.K
+
+    @property
     def is_warm(self) -> bool: # a learner that was loaded is not in training
-        return self.learns and getattr(self.learn, 'pct_train', 1.) >= self.warmup
+        is_late = getattr(self.learn, 'pct_train', 1.) >= self.warmup
+        return self.learns and self.model.K > 1 and is_late
 
     def codes_now(self,
         paths:list[Path], # N paths
-    ) -> Tensor:          # `(N, K)`, or `(N, L, K)`, without a graph
-        "Return the codes that training uses now: uniform during the warm-up."
-        with torch.no_grad(): codes = self.codes(paths)
-        if self.learns and not self.is_warm: return torch.full_like(codes, 1/codes.shape[-1])
+    ) -> Tensor:          # `(N, K)`, or `(N, L, K)`, without a graph; K as it is now
+        "Return the codes that training uses now: of the supernets there are, uniform in the warm-up."
+        K = self.model.K
+        with torch.no_grad(): codes = fold(self.codes(paths), K)
+        if self.learns and not self.is_warm: return torch.full_like(codes, 1/K)
         return codes
 
 # %% ../nbs/50_train.ipynb #53d6208f
@@ -226,6 +242,7 @@ def before_batch(self:KShotCallback):
     n = len(self.xb)
     if self.training and n > 1 and not self.train_iter:
         self._try(self.batch, f'{n} inputs in a batch, expected a network that takes them as a tuple')
+    if self.training: self._branch()
     is_second = self.mode == 'alternate' and self.iter % 2 == 1
     self.is_simplex_step = self.training and self.is_warm and is_second
     if not self.training: self._start_validation()
@@ -242,7 +259,7 @@ def _try(self:KShotCallback, x:Input, why:str):
     self.model.eval()
     paths = self.panel[:1]
     try:
-        with torch.no_grad(): self.model(x, paths[0], self.codes(paths)[0])
+        with torch.no_grad(): self.model(x, paths[0], fold(self.codes(paths), self.model.K)[0])
     except Exception as e: raise ValueError(f'{why}: {" ".join(str(e).split())}') from e
     finally:
         for m,was in was_training.items(): m.training = was
@@ -266,7 +283,7 @@ def _start_simplex_step(self:KShotCallback):
     self.paths = []
     while len(self.paths) < n_paths: self.paths += self.sampler(self.learn.pct_train)
     self.paths = self.paths[:n_paths]
-    self.leaves = self.codes(self.paths)
+    self.leaves = fold(self.codes(self.paths), self.model.K)
     self._start_comparing()
     self._give(self.paths, self.leaves)
 
@@ -298,6 +315,53 @@ def after_pred(self:KShotCallback):
 @patch
 def _train_banks(self:KShotCallback, is_on:bool):
     for bank in self.model.banks.values(): bank.requires_grad_(is_on)
+
+# %% ../nbs/50_train.ipynb #5b117b02
+def branching(
+    K:int, # number of supernets in the end
+    branch:float|Sequence[float], # shares of training, 0 to below 1, rising
+) -> list[tuple[float, int]]: # share, number of supernets from then on; empty for K=1
+    "Plan splits by equal factors; `ValueError` for other shares, or a K that has no such factors."
+    shares = [branch] if isinstance(branch, int | float) else list(branch)
+    is_rising = all(a < b for a,b in zip(shares, shares[1:]))
+    if not is_rising or not all(0 <= share < 1 for share in shares):
+        raise ValueError(f'branch at {shares}, expected rising shares of training, 0 to below 1')
+    if K == 1 or not shares: return []
+    n = len(shares)
+    factor = round(K**(1/n))
+    if factor < 2 or factor**n != K:
+        raise ValueError(f'K={K} in {n} splits, expected a number to the power of {n}')
+    return [(share, factor**i) for i,share in enumerate(shares, 1)]
+
+@patch
+def _branch(self:KShotCallback, progress:float|None=None): # split if it is time
+    progress = self.learn.pct_train if progress is None else progress
+    for share,K in self.splits:
+        if progress >= share and self.model.K < K: self.split(K//self.model.K)
+
+@patch
+def split(self:KShotCallback,
+    n:int, # what each supernet becomes
+):
+    "Split the supernets, and what the optimizer remembers of them."
+    K = self.model.K
+    self.model.split(n)
+    self.code_grads = []
+    if self.learn.opt is None: return # not yet trained
+    states = getattr(self.opt, 'opt', self.opt).state
+    for bank in self.model.banks.values():
+        for name,t in states.get(bank, {}).items():
+            is_of_rows = isinstance(t, Tensor) and t.ndim > 0 and len(t) == K
+            if is_of_rows: states[bank][name] = t.repeat_interleave(n, 0)
+    if hasattr(self.learn, 'few_shot'): self.learn.few_shot.follow(n, states)
+
+@patch
+def complete(self:KShotCallback):
+    "Make the supernets that training was too short for."
+    self._branch(1.)
+
+@patch
+def after_fit(self:KShotCallback): self.complete()
 
 # %% ../nbs/50_train.ipynb #b2c0de01
 class OtherPathsCallback(Callback):
@@ -374,7 +438,7 @@ def before_step(self:KShotCallback):
 @patch
 def _step_joint(self:KShotCallback):
     paths, grads = zip(*self.code_grads)
-    codes = self.codes(list(paths))
+    codes = fold(self.codes(list(paths)), self.model.K)
     loss = (codes*torch.stack(grads)).sum()/len(paths)
     if self.regularize: loss = loss + self.regularize(self.codes, paths)
     loss.backward()
@@ -435,37 +499,6 @@ def _average(self:KShotCallback):
     average_([*self.gradients.rows, loss, *of_codes])
     self.model.accumulate(self.gradients)
 
-# %% ../nbs/50_train.ipynb #e6a35741
-class FewShotCallback(Callback):
-    "Let the optimizer see each supernet by itself, and skip those that a step does not read."
-    order = 9 # once gradients are accumulated, before they are scaled and clipped in place
-
-    def split(self,
-        supernet:Supernet, # on its device
-    ) -> list[list[Tensor]]: # rows of banks with weight decay, rows without
-        "Split parameters for fastai as `by_decay` does, each row of a bank by itself."
-        self.rows = {}
-        for bank in supernet.banks.values(): self.rows[bank] = [*map(nn.Parameter, bank.data)]
-        groups = []
-        for banks in supernet.by_decay(): groups.append(sum((self.rows[bank] for bank in banks), []))
-        return groups
-
-    def before_fit(self):
-        self.opt.zero_grad()
-        self.read = set() # supernets read since the last step
-
-    def after_backward(self): self.read.update(map(self.k_shot.codes.supernet_of, self.k_shot.paths))
-
-    def before_step(self):
-        "Hand the banks' gradients, as views, to the rows that this step has read."
-        for bank,rows in self.rows.items():
-            if bank.grad is None: continue
-            for k in self.read: rows[k].grad = bank.grad[k]
-        self.read = set()
-
-    def after_step(self):
-        for bank in self.rows: bank.grad = None
-
 # %% ../nbs/50_train.ipynb #b2c0de06
 class KShotLearner(Learner):
     "fastai's learner of a model that needs a path: what needs none is refused."
@@ -512,6 +545,7 @@ def kshot_learner(
     codes:nn.Module|None=None, # paths -> codes, moved in place; None: a `SimplexNet`
     sampler:str|UniformSampler|Callable[[Learner], UniformSampler]='uniform', # its name, itself, or its maker
     seed:int=0,      # of a sampler given by name
+    branch:float|Sequence[float]=(), # shares of training at which one supernet becomes K; none: K own draws
     opt_func:Callable[..., OptimWrapper]=sgd, # optimizer of the banks, as `sgd` or `torch_optimizer`
     loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy with smoothing .1
     metrics:Callable|Sequence|None=None, # of fastai, or `metric(out, y)`; None: accuracy of a cross-entropy
@@ -521,8 +555,9 @@ def kshot_learner(
 ) -> KShotLearner:   # its `model` is the `Supernet`, and `model.codes` makes the codes
     "Return a learner of K-shot supernets; `ValueError` for a network of another space."
     def take(kind): return {k: kwargs.pop(k) for k in signature(kind).parameters if k in kwargs}
-    supernet = Supernet(net, K, **take(Supernet))
-    of_callback = take(KShotCallback)
+    splits = branching(K, branch)
+    supernet = Supernet(net, 1 if splits else K, **take(Supernet))
+    of_callback = take(KShotCallback) | dict(splits=splits)
     sizes = tuple(supernet.sizes)
     if sizes != space.sizes:
         raise ValueError(f'a network with {sizes} ops in its blocks, '
@@ -530,7 +565,7 @@ def kshot_learner(
     if codes is None: codes = SimplexNet(space, K) if K > 1 else UniformCode(1)
     supernet.codes = codes # saved and loaded with the weights
     supernet = supernet.to(device_of(dls))
-    few_shot = FewShotCallback() if hasattr(codes, 'supernet_of') else None
+    few_shot = FewShotCallback(K) if hasattr(codes, 'supernet_of') else None
     splitter = few_shot.split if few_shot else by_decay
     loss_func, metrics = _objective(loss_func, metrics, smoothing=.1)
     of_learner = dict(loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics)

@@ -404,7 +404,7 @@ def test_few_shot_rows_get_every_gradient(cbs):
             self.i += 1
             return [self.paths[self.i % 2]]
     dls = of_tensors(x, y)
-    kwargs = dict(K=2, codes=VertexCode(2, 0), sampler=Turns(*PATHS), apart=0.)
+    kwargs = dict(K=2, codes=VertexCode(2, 0), sampler=Turns(*PATHS), branch=0.)
     learn = fit(net, dls, cbs=[*cbs, GradientClip(1e9)], **kwargs)
     (x1, y1), (x0, y0) = dls.train
     loss_func = nn.CrossEntropyLoss(label_smoothing=.1)

@@ -32,7 +32,7 @@ def fit(folder, seed=0, resume=False, n=EPOCHS, codes=None, **kwargs):
     dls = digits_data(bs=200, seed=seed)
     codes = codes(space) if codes else None
     net = digits_net(channels=4)
-    learn = kshot_learner(net, space, dls, 2, codes, warmup=0., n_paths=3, **kwargs)
+    learn = kshot_learner(net, space, dls, codes=codes, **dict(K=2, warmup=0., n_paths=3) | kwargs)
     with learn.no_bar(), learn.no_logging():
         learn.fit(EPOCHS, cbs=[cosine(.01), CheckpointCallback(folder, resume), StopAfter(n)])
 
@@ -68,6 +68,21 @@ def free(space): return FreeCode(space, 2)
 @pytest.mark.parametrize('codes', [few_shot, free])
 def test_other_codes(tmp_path, banks, codes):
     check_resume(tmp_path, codes=codes, opt_func=BANKS[banks])
+
+@pytest.mark.parametrize('banks', BANKS)
+@pytest.mark.parametrize('branch', [.1, .5, .8, (.2, .7)])
+def test_before_at_and_after_a_split(tmp_path, banks, branch):
+    tensors = check_resume(tmp_path, branch=branch, K=4, opt_func=BANKS[banks])
+    assert {len(t) for name,t in tensors.items() if name.startswith('weights/')} == {4}
+
+@pytest.mark.parametrize('banks', BANKS)
+def test_few_shot_from_one_supernet(tmp_path, banks):
+    check_resume(tmp_path, branch=(.2, .7), K=4, codes=lambda space: VertexCode(4, 0), opt_func=BANKS[banks])
+
+def test_a_split_that_another_run_does_not_have(tmp_path):
+    fit(tmp_path/'run', n=1, branch=.2)
+    with pytest.raises(ValueError, match='checkpoint of splits .* expected'):
+        fit(tmp_path/'run', resume=True, branch=.7)
 
 @pytest.mark.parametrize('codes', [None, few_shot])
 @pytest.mark.parametrize('mode', ['joint', 'alternate'])

@@ -119,7 +119,9 @@ def add_option(
     elif has_place: parser.add_argument(option.name, nargs='?', **settings)
     elif kind is bool:
         parser.add_argument(f'--{option.name}', action=argparse.BooleanOptionalAction, **settings)
-    else: parser.add_argument(f'--{option.name}', metavar=shown, **settings)
+    else:
+        name = option.name.rstrip('_') # from_ is --from
+        parser.add_argument(f'--{name}', metavar=shown, dest=option.name, **settings)
 
 # %% ../../nbs/cli/10_command.ipynb #4476fe64
 class _Parser(argparse.ArgumentParser):

@@ -108,7 +108,7 @@ def _prepare(self:LiveCallback):
     self.scoring = scoring_of(self.learn)
     self.measure = 'metric' if self.scoring else 'acc'
     self.last_codes = None
-    self.blank = self._blank_record(self.learn.model.K)
+    self.blank = self._blank_record(self.learn.k_shot.K)
 
 @patch
 def _blank_record(self:LiveCallback, K:int) -> dict: # gives a figure all its panels from the start
@@ -212,7 +212,8 @@ def _is_due(self:LiveCallback, kind:str) -> bool:
 
 @patch
 def _can(self:LiveCallback, kind:str) -> bool:
-    if kind == 'codes' and self.learn.model.K == 1: return False
+    has_all = self.learn.model.K == self.learn.k_shot.K > 1 # supernets
+    if kind == 'codes' and not has_all: return False
     if kind == 'drawing' and self.panel is None: return False
     return kind not in self.guard.off
 
