@@ -27,10 +27,11 @@ from .datasets.importers import (import_latency, import_macro, import_macro_parq
                                       import_nb101, import_nb101_parquet, import_nb201,
                                       import_nb201_parquet, import_nds)
 from .nets.cells import DartsNet, NB101Net, NB201Net
-from .networks import Sharing, digits_net, macro_net, mobilenet_net, share, shufflenet_net
+from .networks import (Sharing, digits_net, macro_net, mobilenet_net, share, shufflenet_net,
+                            views_net)
 from .space import Path, Space
 from .spaces import (darts_space, digits_space, macro_space, mobilenet_space, n_convs,
-                          nb101_space, nb201_space, shufflenet_space, with_widths)
+                          nb101_space, nb201_space, shufflenet_space, views_space, with_widths)
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a06
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ register(Benchmark(
     name='digits', space=digits_space(), net=digits_net, x_shape=(1,8,8), sharing=_in_chains,
     recipe=Training(data='digits', epochs=30, passes=25, bs=100, lr=.05),
     table=FilePath(str(files('kshot')/'benchmarks'/'digits.parquet'))))
+
+register(Benchmark(
+    name='views', space=views_space(), net=views_net, x_shape=(1,8,8), sharing=('dropout', 'affine'),
+    recipe=Training(data='digits', epochs=25, passes=15, bs=50, lr=.05)))
 
 register(Benchmark(
     name='macro', space=macro_space(), net=macro_net, x_shape=(3,32,32), sharing=_in_chains,

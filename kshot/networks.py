@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Op', 'Ops', 'Kernel', 'OpOn', 'Chain', 'WidthChain', 'is_chain', 'is_tree', 'chain', 'digits_net', 'macro_net',
-           'mobilenet_net', 'shufflenet_net', 'op_modules', 'block_sizes', 'check_path', 'op_owners', 'reads',
-           'is_channels_last', 'laid_out', 'Unread', 'Subnet', 'kept_tensors', 'copy_network', 'subnet', 'Sharing',
-           'share', 'count_params']
+           'views_net', 'mobilenet_net', 'shufflenet_net', 'op_modules', 'block_sizes', 'check_path', 'op_owners',
+           'reads', 'is_channels_last', 'laid_out', 'Unread', 'Subnet', 'kept_tensors', 'copy_network', 'subnet',
+           'Sharing', 'share', 'count_params']
 
 # %% ../nbs/15_networks.ipynb #68079217
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from .nets.layers import Sliced, SupernetOnly, conv_bn, round_channels
 from .nets.ops import make_op, pool_and_classify
 from .nets.sharing import (Channelled, Channelling, Copy, as_copy, drop_affine, drop_paths,
                                 own_norms, redraw, share_kernels, tie)
+from .nets.views import make_view
 from .space import Path, Space
-from .spaces import digits_space, macro_space, mobilenet_space, shufflenet_space, with_widths
+from .spaces import (digits_space, macro_space, mobilenet_space, shufflenet_space, views_space,
+                          with_widths)
 
 # %% ../nbs/15_networks.ipynb #b0d0bb69
 class Chain(nn.Module):
@@ -140,6 +142,22 @@ def macro_net(
     stem = conv_bn(3, channels, 3)
     stages = [(2*channels, 2, 2), (4*channels, 3, 2), (8*channels, 3, 2)]
     return chain(macro_space(), stem, channels, stages, head)
+
+# %% ../nbs/15_networks.ipynb #7e1e0032
+def views_net(
+    channels:int=8,   # of the stem, half of the blocks'
+    n_classes:int=10, # classes
+) -> Chain:           # `(B, 1, 8, 8)` -> `(B, n_classes)`
+    "Build the network of the views space."
+    space = views_space()
+    first, *rest = space.blocks
+    stem = conv_bn(1, channels, 3, 2)
+    stages = [(2*channels, 1, 1), (2*channels, 2, 2)]
+    head = pool_and_classify(2*channels, n_classes)
+    net = chain(replace(space, blocks=tuple(rest)), nn.Identity(), channels, stages, head)
+    views = [nn.Sequential(make_view(name, 8), stem) for name in first.choices]
+    net.blocks.insert(0, nn.ModuleList(views))
+    return net.to(memory_format=torch.channels_last)
 
 # %% ../nbs/15_networks.ipynb #0418f806
 def _maybe_wide(space, widths, width_per): # with a choice of widths, if there are any

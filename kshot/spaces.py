@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NB201_OPS', 'NB201_EDGES', 'DARTS_OPS', 'DARTS_CELLS', 'MB_OPS', 'MB_SE_OPS', 'SHUFFLE_OPS', 'WIDTHS', 'WidthPer',
-           'digits_space', 'macro_space', 'nb201_string', 'parse_nb201', 'nb201_space', 'n_convs', 'nb101_space',
-           'darts_path', 'darts_string', 'parse_darts', 'darts_space', 'mb_string', 'parse_mb', 'mobilenet_space',
-           'shufflenet_space', 'with_widths']
+           'digits_space', 'views_space', 'macro_space', 'nb201_string', 'parse_nb201', 'nb201_space', 'n_convs',
+           'nb101_space', 'darts_path', 'darts_string', 'parse_darts', 'darts_space', 'mb_string', 'parse_mb',
+           'mobilenet_space', 'shufflenet_space', 'with_widths']
 
 # %% ../nbs/05_spaces.ipynb #7dbb6596
 import ast, re
@@ -22,6 +22,13 @@ def digits_space() -> Space:
     "Build the space of Digits-Bench: four blocks of five ops, 625 paths."
     ops = ('skip', 'maxpool', 'conv3', 'mlp', 'dw5')
     return Space('digits', tuple(Block(f'block {l}', ops) for l in range(4)))
+
+# %% ../nbs/05_spaces.ipynb #7e1e0022
+def views_space() -> Space:
+    "Build the space of Views-Bench: four views of an image, then three blocks of four ops, 256 paths."
+    view = Block('view', ('pixels', 'coarse', 'frequencies', 'gradient'))
+    ops = ('skip', 'conv3', 'mlp', 'dw5')
+    return Space('views', (view, *(Block(f'block {l}', ops) for l in range(3))))
 
 # %% ../nbs/05_spaces.ipynb #4364d721
 def macro_space() -> Space:

@@ -18,15 +18,23 @@ import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
 from .base.files import append_log, locked, n_cores, read_log, to_json, write_file
-from .benchmark import get_benchmark, get_net
+from .benchmark import Benchmark, get_benchmark, get_net
 from .cost import Cost
-from .data import get_data
+from .data import DataLoaders, get_data
 from .evaluate import accuracy_loss
 from .networks import subnet
 from .tables import Table, write_table
 from .train import accuracy, train_alone
 
 # %% ../nbs/74_standalone.ipynb #84da8619
+def _own_data(benchmark:Benchmark, seed:int) -> DataLoaders:
+    "Return what the benchmark brings, or the set and the split that its recipe names."
+    recipe = benchmark.recipe
+    if benchmark.data is not None or recipe is None or recipe.data is None:
+        return get_data(benchmark.data or benchmark.name, seed=seed)
+    portion = {} if recipe.portion is None else dict(portion=recipe.portion)
+    return get_data(recipe.data, seed=seed, **portion)
+
 def train_path(
     name:str,   # of the benchmark: its space, its network and its data
     path:str,   # formatted
@@ -38,7 +46,7 @@ def train_path(
     torch.manual_seed(seed)
     benchmark = get_benchmark(name)
     net = get_net(name)
-    dls = get_data(benchmark.data or name, seed=seed)
+    dls = _own_data(benchmark, seed)
     ops = benchmark.space.parse(path)
     module = subnet(net, ops)
     metrics = accuracy if benchmark.metric is None else benchmark.metric

@@ -8,13 +8,14 @@ from torch import nn
 from kshot.benchmark import BENCHMARKS, get_space
 from kshot.nets.layers import SupernetOnly, leading_channels, round_channels
 from kshot.nets.ops import MIDDLE_OPS, OPS, make_op, mbconv, shuffle
+from kshot.nets.views import VIEWS
 from kshot.spaces import DARTS_OPS, NB201_OPS
 
 SLICED = {'mb3_k3': mbconv(3, 3), 'mb6_k5_hs_se': mbconv(6, 5, act=nn.Hardswish, has_se=True),
           'shuffle_k7': shuffle(7), 'xception': shuffle(0)}
 CHAINS = [benchmark.space for benchmark in BENCHMARKS.values() if not benchmark.has_cells]
 CHAIN_BLOCKS = sum((space.blocks for space in CHAINS), ())
-CHAIN_OPS = set().union(*(block.choices for block in CHAIN_BLOCKS))
+CHAIN_OPS = set().union(*(block.choices for block in CHAIN_BLOCKS)) - {*VIEWS}
 SHUFFLE_OPS = get_space('shufflenet').blocks[0].choices
 SHAPES = (8, 1), (8, 2), (12, 2) # output channels, stride
 

@@ -111,7 +111,7 @@ def test_json_is_alone_on_stdout(home, tmp_path):
 
 @pytest.mark.parametrize('args,text', [
     (['show', 'nb201'], 'expected one of digits or a .parquet file; kshot_tables import nb201 FILE'),
-    (['import', 'cifar', 'x'], "space 'cifar', expected one of digits, macro"),
+    (['import', 'cifar', 'x'], "space 'cifar', expected one of digits, views, macro"),
     (['import', 'macro'], 'no source of table macro'),
     (['drop'], "subcommand 'drop', expected list"),
     (['baselines', 'digits', '--epochs', '7'], 'has no epochs 7, expected one of [20]')])
