@@ -29,6 +29,7 @@ class AverageCallback(Callback):
     ):
         if not 0 < decay < 1: raise ValueError(f'ema={decay}, expected above 0 and below 1')
         self.decay = decay
+        self.averages = {} # `(K, P)` by key of the bank
 
     def before_fit(self):
         if self.model.track_bn:
@@ -47,20 +48,17 @@ class AverageCallback(Callback):
     @torch.no_grad()
     def after_step(self):
         "Move the average towards the weights of now."
-        live = [*self.model.banks.values()]
-        self._split(live)
         self.n_steps += 1
         share = 1 - decay_at(self.n_steps, self.decay)
-        torch._foreach_lerp_([*self.averages.values()], live, share)
+        torch._foreach_lerp_([*self.averages.values()], [*self.model.banks.values()], share)
 
-    def _split(self, live:list[Tensor]): # as the supernets have
-        for (key,average),bank in zip(self.averages.items(), live):
-            n = len(bank)//len(average)
-            if n > 1: self.averages[key] = average.repeat_interleave(n, 0)
+    def follow(self,
+        n:int, # what each supernet becomes
+    ):
+        "Split as the supernets do."
+        for key,average in self.averages.items(): self.averages[key] = average.repeat_interleave(n, 0)
 
     @torch.no_grad()
     def after_fit(self):
         "Turn the model into the average."
-        live = [*self.model.banks.values()]
-        self._split(live)
-        torch._foreach_copy_(live, [*self.averages.values()])
+        torch._foreach_copy_([*self.model.banks.values()], [*self.averages.values()])

@@ -347,6 +347,7 @@ def split(self:KShotCallback,
     K = self.model.K
     self.model.split(n)
     self.code_grads = []
+    if hasattr(self.learn, 'average'): self.learn.average.follow(n)
     if self.learn.opt is None: return # not yet trained
     states = getattr(self.opt, 'opt', self.opt).state
     for bank in self.model.banks.values():
