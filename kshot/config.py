@@ -336,4 +336,4 @@ def quick_losses(
     with evaluating(learn.model):
         scores = [score_path(learn.model, path, code, learn.few, None, True, **scoring)
                   for path,code in zip(paths, codes)]
-    return [loss for _,loss in scores]
+    return [score.loss for score in scores]

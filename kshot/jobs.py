@@ -17,9 +17,10 @@ from .data import held # before fastai: it silences a warning of fastai's import
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .base.distributed import agree, distributed, gather, is_first
 from .base.files import locked
+from .base.options import check_option
 from .benchmark import Benchmark, get_benchmark
 from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
-from .evaluate import accuracy_loss, score_path
+from .evaluate import ScoreName, Scores, accuracy_loss, score_columns, score_path
 from .gaps import Gaps, find_gaps, sample_paths, train_on
 from .finetune import LR_SHARE, FineTuning, training_batches
 from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
@@ -186,21 +187,21 @@ class Budget:
         return {name: most for name,most in limits.items() if most}
 
 # %% ../nbs/88_jobs.ipynb #dfdcee46
-def _scorer(learn:Learner, n_calibration:int, benchmark:Benchmark) -> Callable[[Path], tuple]:
-    "Return the function that gives a path's accuracy, or metric, and loss on the validation split."
+def _scorer(learn:Learner, n_calibration:int, benchmark:Benchmark) -> Callable[[Path], Scores]:
+    "Return the function that scores a path on the validation split."
     batches = learn.dls.train.fixed(n_calibration) if n_calibration else None
     valid = held(learn.dls.valid)
     codes = learn.k_shot.codes
     @torch.no_grad()
-    def score(path:Path) -> tuple[float, float]:
+    def score(path:Path) -> Scores:
         code, = codes([path])
         return score_path(learn.model, path, code, valid, batches, **benchmark.scoring)
     return score
 
-def _search_name(algorithm, budget:Budget, seed, n_calibration, learn:Learner) -> str:
+def _search_name(algorithm, budget:Budget, seed, n_calibration, score, learn:Learner) -> str:
     limits = [f'{name}<={most:g}' for name,most in sorted(budget.limits().items())]
     device = [budget.device] if budget.device else []
-    settings = [f'bn{n_calibration}', *device, f'seed{seed}', hash_weights(learn)]
+    settings = [f'bn{n_calibration}', *device, f'seed{seed}', score, hash_weights(learn)]
     return ' '.join([algorithm, *limits, *settings])
 
 def _costs(config:Config, learn:Learner, budget:Budget) -> dict[str, Callable]:
@@ -212,14 +213,14 @@ def _costs(config:Config, learn:Learner, budget:Budget) -> dict[str, Callable]:
 # %% ../nbs/88_jobs.ipynb #88f10001
 def _tuned_scorer(
     learn:Learner, config:Config, n_calibration:int, benchmark:Benchmark,
-) -> Callable[[Path, int], tuple]:
-    "Return the function that gives a path's metric and loss after some updates of its own."
+) -> Callable[[Path, int], Scores]:
+    "Return the function that scores a path after some updates of its own."
     batches = training_batches(learn.dls.train, RUNGS[-1])
     calibration = learn.dls.train.fixed(n_calibration) if n_calibration else None
     valid = held(learn.dls.valid)
     options = dict(lr=LR_SHARE*config.lr, wd=config.wd, loss_func=benchmark.loss_func)
     tunings = {}
-    def score(path:Path, n_steps:int) -> tuple:
+    def score(path:Path, n_steps:int) -> Scores:
         tuning = tunings.get(path)
         if tuning is None or tuning.n_done > n_steps:
             with torch.no_grad(): code, = learn.k_shot.codes([path])
@@ -229,23 +230,24 @@ def _tuned_scorer(
     return score
 
 # %% ../nbs/88_jobs.ipynb #88f10002
-def _refine(search:Search, n:int, tuned:Callable, progress, measure:str) -> tuple[Refinement, dict]:
+def _refine(search:Search, n:int, tuned:Callable, score, progress, measure:str) -> tuple[Refinement, dict]:
     "Refine a search; return how it went, and what `run.json` says about it unless it was cut."
     started = time.monotonic()
     refinement = Refinement(search, n)
-    refinement.run(lambda path, n_steps: -tuned(path, n_steps)[1], progress)
+    refinement.run(lambda path, n_steps: tuned(path, n_steps).by(score), progress)
     if refinement.is_cut: return refinement, {}
     best = refinement.frame().path[0]
     by_search = search.frame().path.tolist()
     rungs = [*refinement.rungs]
-    value, loss = tuned(search.space.parse(best), rungs[-1])[:2]
-    after = {measure: value, 'loss': loss}
+    scores = tuned(search.space.parse(best), rungs[-1])
+    after = {measure: scores.metric, 'loss': scores.loss}
     first = dict(first=by_search[0], rank=1+by_search.index(best))
     cost = dict(updates=count_updates(n, rungs), seconds=round(time.monotonic()-started, 1))
     return refinement, dict(n=n, rungs=rungs, **after, **first, **cost)
 
 # %% ../nbs/88_jobs.ipynb #88f10003
-def _check_numbers(n:int, n_calibration:int, refine:int):
+def _check_search(n:int, n_calibration:int, refine:int, score:str):
+    check_option('score', score, ScoreName)
     if n < 1 or n_calibration < 0:
         values = f'n_paths={n} and n_calibration={n_calibration}'
         raise ValueError(f'{values}, expected at least 1 and 0')
@@ -255,11 +257,11 @@ def _check_numbers(n:int, n_calibration:int, refine:int):
 def _is_unfinished(work:Search|Refinement) -> bool:
     return work.is_cut and work.n_done < work.n_wanted
 
-def _found(search:Search, frame:pd.DataFrame, score:Callable, measure:str) -> dict: # the first row
+def _found(search:Search, frame:pd.DataFrame, scores_of:Callable, measure:str) -> dict: # the first row
     best = frame.path[0]
-    value, loss = score(search.space.parse(best))[:2]
+    scores = dict(zip(score_columns(measure), scores_of(search.space.parse(best))))
     costs = {cost: frame[cost][0].item() for cost in search.costs}
-    return {'path': best, f'{measure}_super': value, 'loss_super': loss, 'budgets': search.budgets, **costs}
+    return dict(path=best, **scores, budgets=search.budgets, **costs)
 
 # %% ../nbs/88_jobs.ipynb #f2d93086
 def search_run(
@@ -272,37 +274,37 @@ def search_run(
     storage:str|None=None,  # URL of a database that workers share; None: a journal in the folder
     progress=False,         # a bar, or a function, as in `kshot.search`
     refine:int=0,           # best paths that are trained on before one of them is chosen; 0: none
+    score:ScoreName='loss', # what paths are ranked by
 ) -> pd.DataFrame:          # scored paths, best first; also in `folder/search.parquet`
     "Search a trained run for its best path; a search that is stopped leaves no result yet."
     started = time.monotonic()
     folder = FilePath(folder)
-    _check_numbers(n, n_calibration, refine)
+    _check_search(n, n_calibration, refine, score)
     config, learn = load_run(folder)
     benchmark = get_benchmark(config.space)
-    score = _scorer(learn, n_calibration, benchmark)
+    scores_of = _scorer(learn, n_calibration, benchmark)
     costs = _costs(config, learn, budget)
-    name = _search_name(algorithm, budget, seed, n_calibration, learn)
-    def negative_loss(path): return -score(path)[1]
+    name = _search_name(algorithm, budget, seed, n_calibration, score, learn)
     with distributed():
         progress = is_first() and progress
         search = make_search(space_of(config), costs=costs, budgets=budget.limits(),
                              storage=storage or folder/'search.journal', name=name)
-        search.run(negative_loss, n, algorithm, seed, progress)
+        search.run(lambda path: scores_of(path).by(score), n, algorithm, seed, progress)
         agree('done', 'the end')()
         search.sync() # what the other workers found last
         work = search
         refined = {}
         if refine and not _is_unfinished(search):
             tuned = _tuned_scorer(learn, config, n_calibration, benchmark)
-            work, refined = _refine(search, refine, tuned, progress, benchmark.measure)
+            work, refined = _refine(search, refine, tuned, score, progress, benchmark.measure)
         frame = work.frame()
         if is_first() and _is_unfinished(work):
             state = f'{str(folder)!r} has {work.n_done} of {work.n_wanted} scores'
             print(f'{state}: search again to go on', file=sys.stderr)
         elif is_first():
             write_parquet(frame, folder/'search.parquet')
-            about = dict(n=len(frame), algorithm=algorithm, device=budget.device or None)
-            result = _found(search, frame, score, benchmark.measure) | about
+            about = dict(n=len(frame), algorithm=algorithm, score=score, device=budget.device or None)
+            result = _found(search, frame, scores_of, benchmark.measure) | about
             if refined: result['refined'] = refined
             add_result(folder, 'search', result, started)
         agree('written', 'the end')()
@@ -329,8 +331,8 @@ def _half_precision(config:Config, dls) -> list: # callbacks
 def _scores_alone(module:nn.Module, dls, benchmark:Benchmark) -> dict[str, float]:
     scores = {}
     for name,loader in zip(('valid', 'alone'), list(dls)[1:]): # alone: on the test split
-        value, _ = accuracy_loss(module, loader, is_sharded=True, **benchmark.scoring)
-        scores[f'{benchmark.measure}_{name}'] = value
+        of_split = accuracy_loss(module, loader, is_sharded=True, **benchmark.scoring)
+        scores[f'{benchmark.measure}_{name}'] = of_split.metric
     return scores
 
 # %% ../nbs/88_jobs.ipynb #6d11e10b

@@ -266,10 +266,10 @@ def _score(self:RetrainCallback) -> dict: # a row of the log
     if average: modules['ema'] = average.module
     for name,module in modules.items():
         average_stats(module)
-        value, loss = accuracy_loss(module.eval(), self._validation(), True, self.loss_func, self.metric)
-        if self.metric_name: row[f'{self.metric_name}_{name}'] = value
-        row[f'loss_{name}'] = loss
-        self._check_loss(loss, f'validation ({name})')
+        scores = accuracy_loss(module.eval(), self._validation(), True, self.loss_func, self.metric)
+        if self.metric_name: row[f'{self.metric_name}_{name}'] = scores.metric
+        row[f'loss_{name}'] = scores.loss
+        self._check_loss(scores.loss, f'validation ({name})')
     return row
 
 @patch

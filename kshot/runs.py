@@ -167,7 +167,7 @@ def score_run(
     n_calibration:int=4, # training batches for batch norm; 0: tracked or the batch's own statistics
     bf16:bool=False,     # score in bfloat16?
     progress:bool=False, # show a bar?
-) -> pd.DataFrame:       # path, acc_super (or metric_super), loss_super, macs, n_params, K, seed
+) -> pd.DataFrame:       # as of `kshot.evaluate.score_paths`, and macs, n_params, K, seed
     "Score paths of a trained run; raise `ValueError` if it has scores made in another way."
     if n_calibration < 0:
         raise ValueError(f'n_calibration={n_calibration}, expected at least 0')

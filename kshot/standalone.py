@@ -57,8 +57,8 @@ def train_path(
                n_params=n_params)
     rows = []
     for split,loader in zip(('valid', 'test'), list(dls)[1:]):
-        acc, loss = accuracy_loss(module, loader, **benchmark.scoring)
-        rows.append(row | dict(split=split, acc=acc, loss=loss))
+        scores = accuracy_loss(module, loader, **benchmark.scoring)
+        rows.append(row | dict(split=split, acc=scores.metric, loss=scores.loss))
     return rows
 
 # %% ../nbs/74_standalone.ipynb #74b1e006

@@ -183,7 +183,7 @@ def test_statistics_of_rows_sequences_and_volumes(dims):
     score = accuracy_loss(plain.eval(), batches)
     assert score_path(supernet, (0,), ONE, batches, batches) == pytest.approx(score, abs=1e-6)
     frame = score_paths(supernet, UniformCode(1), SPACE, [(0,), (1,)], batches, batches)
-    assert frame.loss_super[0] == pytest.approx(score[1], abs=1e-6)
+    assert frame.loss_super[0] == pytest.approx(score.loss, abs=1e-6)
 
 def test_what_is_no_average_is_refused():
     supernet = Supernet(Normed(Decays(4, .9)), 1)
@@ -216,7 +216,7 @@ def test_a_norm_that_blocks_of_a_chain_share(norm, is_shared):
             m.register_forward_pre_hook(average)
         with torch.no_grad():
             for x,_ in batches: plain(x)
-        assert row.loss_super == pytest.approx(accuracy_loss(plain.eval(), batches)[1], abs=1e-6)
+        assert row.loss_super == pytest.approx(accuracy_loss(plain.eval(), batches).loss, abs=1e-6)
 
 class Breaks(Normed):
     def forward(self, x, path):
@@ -260,18 +260,35 @@ CLASSES = {
 
 def batches_of(out, y, size=7): return list(zip(out.split(size), y.split(size)))
 
+def own_accuracy(out, y): return (out.argmax(1) == (y.argmax(1) if y.is_floating_point() else y)).float()
+
+def plain_margins(out, classes): # of the targets that count
+    out = out.double().movedim(1, -1).reshape(-1, out.shape[1]).tolist()
+    margins = []
+    for logits,c in zip(out, classes.flatten().tolist()):
+        if c == -100: continue
+        others = logits[:c] + logits[c+1:]
+        margins.append(logits[c] - max(others))
+    return margins
+
 @pytest.mark.parametrize('name', CLASSES)
 def test_classes_are_scored_as_torch_scores_one_batch(name):
     out, y = CLASSES[name]
-    acc, loss = accuracy_loss(nn.Identity(), batches_of(out, y))
+    scores = accuracy_loss(nn.Identity(), batches_of(out, y))
     is_soft = y.is_floating_point()
     classes = y.argmax(1) if is_soft else y.long()
     exact = F.cross_entropy(out.double(), y.double() if is_soft else y.long())
     counted = classes != -100
-    assert acc == pytest.approx((out.argmax(1) == classes)[counted].double().mean().item(), abs=1e-9)
+    right = (out.argmax(1) == classes)[counted]
+    assert scores.metric == pytest.approx(right.double().mean().item(), abs=1e-9)
     if y.ndim == 4 and is_soft: # torch's mean is over rows there
         exact = -(y*out.log_softmax(1)).sum(1).mean()
-    assert loss == pytest.approx(exact.item(), rel=1e-5)
+    assert scores.loss == pytest.approx(exact.item(), rel=1e-5)
+    margins = torch.tensor(plain_margins(out, classes))
+    assert scores.margin == pytest.approx(margins.mean().item(), rel=1e-5)
+    assert scores.sigmoid == pytest.approx(margins.sigmoid().mean().item(), rel=1e-5)
+    own = accuracy_loss(nn.Identity(), batches_of(out, y), loss_func=own_accuracy, metric=own_accuracy)
+    assert own[2:] == scores[2:]
 
 OUT = randn(10, 4)
 REFUSED = {
@@ -294,6 +311,8 @@ def test_other_targets_are_refused_in_a_line(name):
         assert '\n' not in str(e.value)
     for kwargs in ({}, dict(loss_func=zero), dict(metric=zero)): refuses(nn.Identity(), **kwargs)
     for structure in ((out, out), dict(a=out)): refuses(lambda x: structure)
+    own = accuracy_loss(nn.Identity(), [(out, y)], loss_func=zero, metric=zero)
+    assert own[:2] == (0, 0) and all(map(math.isnan, own[2:]))
 
 def negative_mae(out, y): return -(out-y).abs().mean()
 def exact(out, y): return ((out > 0) == (y > .5)).float().mean()
@@ -337,15 +356,15 @@ def test_metrics_are_what_they_are_over_all_rows(name, size):
     def loss_func(out, y): return F.huber_loss(mean(out), mean(y))
     for _ in range(2): # a metric starts anew each time
         batches = batches_of(out, y, size)
-        value, loss = accuracy_loss(nn.Identity(), batches, loss_func=loss_func, metric=metric)
+        value, loss, *_ = accuracy_loss(nn.Identity(), batches, loss_func=loss_func, metric=metric)
         assert value == pytest.approx(float(reference(out, y)), rel=1e-5)
         assert loss == pytest.approx(loss_func(out, y).item(), rel=1e-5)
         assert type(value) is type(loss) is float
 
 def test_perplexity_reads_the_loss():
     out, y = CLASSES['classes']
-    value, loss = accuracy_loss(nn.Identity(), batches_of(out, y), metric=fm.Perplexity())
-    assert value == pytest.approx(math.exp(loss), rel=1e-5)
+    scores = accuracy_loss(nn.Identity(), batches_of(out, y), metric=fm.Perplexity())
+    assert scores.metric == pytest.approx(math.exp(scores.loss), rel=1e-5)
 
 @pytest.mark.parametrize('batches', [[], iter([]), [(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))],
                                      [(torch.zeros(3, 4), torch.full((3,), -100))]])
@@ -399,7 +418,7 @@ def test_inputs_and_outputs_of_any_structure(inputs, outputs, K):
     supernet = Supernet(Pairs(OUTPUTS[outputs]), K)
     own = dict(loss_func=own_loss, metric=own_metric)
     frame = score_paths(supernet, UniformCode(K), SPACE, [(1,), (0,)], batches, batches, **own)
-    assert list(frame) == ['path', 'metric_super', 'loss_super']
+    assert list(frame) == ['path', 'metric_super', 'loss_super', 'margin_super', 'sigmoid_super']
     def as_x(batch): return batch[:-1] if len(batch) > 2 else batch[0]
     for path,row in zip([(1,), (0,)], frame.itertuples()):
         plain = supernet.subnet(path, ONE.expand(K)/K)
@@ -482,5 +501,6 @@ def test_shards_score_as_one_process_does():
     for i,expected in enumerate(one['stats']):
         np.testing.assert_allclose(two['stats'][i], expected, rtol=1e-5, atol=1e-6)
     assert one['stats'][2] == 4
-    assert 'metric r2_score in 2 processes' in two['metric'] and one['metric'] == '(1.0, 0.0)'
+    assert 'metric r2_score in 2 processes' in two['metric']
+    assert one['metric'].startswith('Scores(metric=1.0, loss=0.0,')
     assert 'nothing to score on' in two['nothing'] and 'no batches for batch norm' in two['uncalibrated']

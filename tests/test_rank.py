@@ -9,6 +9,7 @@ from PIL import Image
 from kshot import tables
 from kshot.benchmark import get_space
 from kshot.cli import launch
+from kshot.rank import BY
 from kshot.tables import write_table
 
 SPACES = { # name -> its smallest network
@@ -70,7 +71,7 @@ def scores_in(folder):
 @pytest.mark.parametrize('space', SPACES)
 def test_every_space(space, rank, tmp_path):
     result = rank(space, '--K', '2', '--n_paths', '12')
-    assert list(result) == ['supernet', 'supernet_loss', 'macs', 'params']
+    assert list(result) == ['supernet', *(f'supernet_{by}' for by in BY), 'macs', 'params']
     scores = scores_in(tmp_path/'run')
     assert len(scores) == 12
     assert scores.loss_super.nunique() > 6 and np.isfinite(scores.loss_super).all()

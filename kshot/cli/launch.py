@@ -17,13 +17,14 @@ import torch
 from ..benchmark import get_benchmark
 from .command import command, either
 from ..config import Config
+from ..evaluate import ScoreName
 from ..base.distributed import is_first, world
 from ..base.files import StopSignal, Unwritable
 from .report import make_report, scores_of
 from ..figures.look import word_of
 from .tables import tables, text_of
 from ..jobs import Budget, by_scorer, export_run, gaps_run, rank_run, rank_seeds, retrain_run, search_run
-from ..rank import measure_of, rank_scores
+from ..rank import brief, measure_of, rank_scores
 from ..record import check_free, environment, read_run, write_run
 from ..retrain import RecipeName
 from ..runs import ensure_trained, score_run, train_run
@@ -207,7 +208,7 @@ _RANK_COLUMNS = ['scorer', 'n_seeds', 'tau', 'tau_std', 'low', 'high', 'spearman
 
 def _rank_text(frame:pd.DataFrame) -> str:
     columns = [name for name in _RANK_COLUMNS if name in frame]
-    return text_of(frame[columns].dropna(axis=1, how='all'))
+    return text_of(brief(frame)[columns].dropna(axis=1, how='all'))
 
 # %% ../../nbs/cli/30_launch.ipynb #8f818bae
 @command(examples={
@@ -222,6 +223,7 @@ def search(
     algorithm:Algorithm='nsga2', # how to choose the next path
     seed:int=0,          # seed of the search
     n_calibration:int=4, # batches to recalibrate batch norm on; 0: tracked or the batch's statistics
+    score:ScoreName='loss', # what to rank paths by; metric: accuracy, unless the space has its own
     storage:str='',      # URL of a database that workers share; '': a journal in the run's folder
     refine:int=0,        # best paths to train on, by themselves, before one is chosen; 0: none
     budget:Budget=Budget(), # what the best path may cost
@@ -232,12 +234,12 @@ def search(
     if storage and '://' not in storage:
         raise ValueError(f'storage {storage!r}, expected a URL like postgresql://USER@HOST/NAME')
     storage = storage or None
-    search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage, True, refine)
+    search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage, True, refine, score)
     _report(folder)
     best = read_run(folder)['results']['search']
     costs = f'{best["macs"]:,} MACs, {best["n_params"]:,} parameters'
-    score = f'{measure_of(best)}_super'
-    text = f'{best["path"]}: {word_of(score)} {best[score]:.3f}, {costs} ({best["n"]} paths scored)'
+    column = f'{measure_of(best)}_super'
+    text = f'{best["path"]}: {word_of(column)} {best[column]:.3f}, {costs} ({best["n"]} paths scored)'
     return best, f'{text}{_refined_text(best)}'
 
 def _refined_text(best:dict) -> str: # '': it was not refined
@@ -361,9 +363,11 @@ def _demo_text(results:dict, folder:FilePath) -> str:
     best = results['search']
     path = f'{best["path"]}: {best["macs"]:,} MACs, alone {best["acc_alone"]:.3f} (test)'
     within = f'true rank {best["rank_in_budget"]} of {best["of_in_budget"]} within the budget'
-    rows = [f'{name:13} {_tau_text(ranked)}' for name,ranked in results['rank'].items()]
-    rows += [f'found         {path}; {within}, {best["rank"]} of {best["of"]} in all',
-             f'report        {folder/"report.html"}']
+    ranks = brief(pd.DataFrame.from_dict(results['rank'], 'index').rename_axis('scorer').reset_index())
+    width = max(map(len, ranks.scorer))
+    rows = [f'{ranked["scorer"]:{width}} {_tau_text(ranked)}' for ranked in ranks.to_dict('records')]
+    rows += [f'{"found":{width}} {path}; {within}, {best["rank"]} of {best["of"]} in all',
+             f'{"report":{width}} {folder/"report.html"}']
     return '\n'.join(rows)
 
 def _tau_text(ranked:dict) -> str:

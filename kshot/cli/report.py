@@ -15,11 +15,11 @@ import torch
 from .. import figures
 from ..base.files import read_log
 from ..config import Config, space_of
-from ..figures.look import label_of, word_of
+from ..figures.look import label_of, scorer_labels, word_of
 from ..figures.page import write_report
 from ..gaps import Gaps
 from ..figures.runs import rung_columns
-from ..rank import align_scores, measure_of, rank_scores
+from ..rank import align_scores, brief, measure_of, rank_scores
 from ..record import read_run
 from ..runs import load_codes
 from ..space import Path, Space
@@ -68,9 +68,8 @@ def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
     if left_out:
         text += f' {len(left_out):,} paths that a run or the table has no number for are left out.'
     taus = by_scorer[['tau', 'low', 'high']].to_dict('index')
-    names = {f'{name}_loss': f'{label_of(name)}, by loss' for name in scores}
     scatter = figures.plot_rank(all_scores, taus=taus, by='name')
-    bars = figures.plot_protocol(by_scorer, names)
+    bars = figures.plot_protocol(brief(protocol).set_index('scorer'), scorer_labels(scores))
     return [('Ranking', text, scatter, bars, protocol.round(3)),
             (heading, figures.plot_accuracy(all_scores, by='name'))]
 
@@ -110,6 +109,8 @@ def _codes_sections(folder:FilePath) -> list[tuple]:
     return [('Simplex codes', text, simplex, figures.plot_codes_by_op(space, paths, codes))]
 
 # %% ../../nbs/cli/20_report.ipynb #9fc6fd82
+_SCORES = dict(loss='negative loss', metric='metric', margin='margin', sigmoid='sigmoid of the margin')
+
 def _search_text(best:dict, alone:dict|None) -> str:
     text = (f'{best["n"]} paths scored, best {best["path"]}: {best["macs"]:,} MACs, '
             f'supernet {_word(best)} {best[f"{measure_of(best)}_super"]:.3f}')
@@ -123,7 +124,7 @@ def _search_sections(folder:FilePath) -> list[tuple]:
     best = record['results'].get('search')
     if frame is None or best is None: return [] # the search may have been killed between the two
     space = space_of(Config(**record['config']))
-    score = 'supernet score (negative loss)'
+    score = f'supernet score ({_SCORES[best.get("score", "loss")]})'
     budget = best['budgets'].get('macs')
     scored = frame.rename(columns={'score': score})
     front = figures.plot_pareto(scored, score=score, budget=budget, best=best['path'])

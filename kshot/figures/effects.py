@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from .look import (
     GRAY, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
-from ..rank import spearman
+from ..rank import BY, spearman
 
 # %% ../../nbs/figures/50_effects.ipynb #e5f1a008
 def _size(values:pd.Series) -> pd.Series:
@@ -180,7 +180,7 @@ def _dots(runs:pd.DataFrame, effects:pd.DataFrame, at:dict, color:str) -> list[g
 
 def _known_taus(runs:pd.DataFrame, metric:str) -> dict: # label -> tau
     "Return the taus that need no supernet, if the metric is a tau."
-    if metric not in ('tau', 'tau_loss'): return {}
+    if metric not in ('tau', *(f'tau_{by}' for by in BY)): return {}
     columns = [(k, c) for k,c in (('macs', 'tau_macs'), ('ceiling', 'ceiling')) if c in runs]
     taus = {label_of(k): pd.to_numeric(runs[c]).mean() for k,c in columns}
     return {label: tau for label,tau in taus.items() if np.isfinite(tau)}

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from .look import (
     GRAY, OKABE_ITO, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
-from ..rank import measure_of, true_top
+from ..rank import BY, measure_of, run_of, true_top
 
 # %% ../../nbs/figures/40_ranking.ipynb #cacb13dc
 def _tau_text(tau:Mapping|None, share:float=.1) -> str:
@@ -125,10 +125,10 @@ def plot_rank(
 # %% ../../nbs/figures/40_ranking.ipynb #9046492b
 def _scorer_colors(keys:Iterable) -> dict: # key -> color
     "Return the colors of scorers; a run by loss has the color of the run."
-    runs = {str(key): key for key in keys}
-    run_of = {key: runs.get(str(key).removesuffix('_loss'), key) for key in keys}
-    colors = color_of(dict.fromkeys(run_of.values()))
-    return {key: colors[run] for key,run in run_of.items()}
+    named = {str(key): key for key in keys}
+    runs = {key: named[run_of(str(key), named)] for key in keys}
+    colors = color_of(dict.fromkeys(runs.values()))
+    return {key: colors[run] for key,run in runs.items()}
 
 def _whisker(row:pd.Series) -> dict|None:
     if row[['tau', 'low', 'high']].isna().any(): return None
@@ -166,9 +166,12 @@ def plot_protocol(
         xaxis_title_text='tau-b')
 
 # %% ../../nbs/figures/40_ranking.ipynb #f9b3062d
-def _dash(scorer) -> str: # tells a run by loss from the run, and the baselines apart
+_DASHES = dict(zip(BY, ('dot', 'longdash', 'dashdot', 'longdashdot', 'longdashdot')))
+
+def _dash(scorer) -> str: # tells the scores of a run, and the baselines apart
     if scorer == 'ceiling': return 'dash'
-    return 'dot' if scorer == 'params' or str(scorer).endswith('_loss') else 'solid'
+    if scorer == 'params': return 'dot'
+    return next((dash for by,dash in _DASHES.items() if str(scorer).endswith(f'_{by}')), 'solid')
 
 def plot_top_tau(
     frame:pd.DataFrame,   # index: share of paths in the top, (0, 1]; a column per scorer

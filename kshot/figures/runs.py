@@ -88,7 +88,7 @@ def plot_refined(
             opacity=1 if is_named else .5, showlegend=is_named, marker_size=5,
             hovertemplate=f'{path}<br>%{{y:.4f}} after %{{x}} updates<extra></extra>')
     return finish(fig, title, f'{len(f)} candidates', 380, margin_b=96, xaxis_type='category',
-        xaxis_title_text='updates of the candidate alone', yaxis_title_text='score (negative loss)')
+        xaxis_title_text='updates of the candidate alone', yaxis_title_text='score (higher is better)')
 
 # %% ../../nbs/figures/30_runs.ipynb #57bed64c
 def plot_training(

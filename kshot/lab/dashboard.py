@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import ipywidgets, numpy as np, pandas as pd
 from fastcore.basics import patch
 from ..figures import plot_protocol, plot_rank, plot_top_tau
-from ..figures.look import label_of
+from ..figures.look import label_of, scorer_labels
 from ..figures.page import table_html
 from .widgets import HalfView, Panel, View, Window, columns
-from ..rank import align_scores, measure_of, rank_scores, scorers_of, top_tau
+from ..rank import align_scores, brief, measure_of, rank_scores, scorers_of, top_tau
 
 # %% ../../nbs/lab/45_dashboard.ipynb #ef911808
 SHARES = np.arange(5, 101, 5) # percent
@@ -48,8 +48,8 @@ _HEADINGS = dict( # column of the protocol -> heading
     regret_n='regret of 10', precision_n='precision at 10', surpass_random='beats 10 random',
     search_mean='top 10 worth')
 _BY = dict( # column -> word
-    acc_super='accuracy', metric_super='metric', loss_super='loss', macs='MACs',
-    n_params='parameters')
+    acc_super='accuracy', metric_super='metric', loss_super='loss', margin_super='margin',
+    sigmoid_super='sigmoid', macs='MACs', n_params='parameters')
 
 # %% ../../nbs/lab/45_dashboard.ipynb #4602167e
 class RankDashboard(Panel):
@@ -63,8 +63,7 @@ class RankDashboard(Panel):
         self.runs, seeds, left_out = align_scores(scores, truth)
         self.n_out = len(left_out)
         self.n_boot = n_boot
-        by_loss = {f'{k}_loss': f'{label_of(k, names)}, by loss' for k in self.runs}
-        self.names = by_loss | (names or {})
+        self.names = scorer_labels(self.runs, names) | (names or {})
         start = time.perf_counter()
         self._measure(seeds)
         self.seconds = time.perf_counter()-start
@@ -82,18 +81,21 @@ class RankDashboard(Panel):
 @patch
 def _measure(self:RankDashboard, seeds:pd.DataFrame):
     self.protocol = self.tops = pd.DataFrame()
+    self.shown = []
     if len(seeds) < 2: return
     scorers, counts = scorers_of(self.runs)
     first = next(iter(self.runs.values()))
     alone = first[f'{measure_of(first)}_alone'].to_numpy()
     self.protocol = rank_scores(self.runs, seeds, self.n_boot).set_index('scorer')
+    self.shown = brief(self.protocol.reset_index()).scorer.tolist() # in figures
     self.tops = top_taus(scorers | counts, alone, seeds.dropna(axis=1).T.to_numpy())
 
 @patch
 def _controls(self:RankDashboard):
     first = next(iter(self.runs.values()), pd.DataFrame())
     runs = [(label_of(k, self.names), k) for k in self.runs]
-    by = [(f'by {word}', column) for column,word in _BY.items() if column in first]
+    known = first.dropna(axis=1, how='all')
+    by = [(f'by {word}', column) for column,word in _BY.items() if column in known]
     low, high = SHARES[[0, -1]].tolist()
     self.run = ipywidgets.Dropdown(options=runs, description='Run')
     self.by = ipywidgets.ToggleButtons(options=by, style=dict(button_width='120px'))
@@ -123,21 +125,21 @@ def draw(self:RankDashboard):
     tops = self.tops.loc[top] if len(self.tops) else pd.Series(dtype=float)
     cloud = self._cloud(top, tops)
     table = self.protocol.assign(top_tau=tops) if len(tops) else self.protocol
-    bars = plot_protocol(table, self.names, top)
+    bars = plot_protocol(table.loc[self.shown], self.names, top)
     if len(cloud.data) and len(bars.data):
         cloud.update_layout(margin_t=100)
         for fig in (cloud, bars): fig.update_layout(height=max(440, bars.layout.height))
     self.scatter.show(cloud)
     self.bars.show(bars)
-    self.line.show(plot_top_tau(self.tops, self.names, top if len(self.tops) else None))
+    shown = self.tops.reindex(columns=self.shown)
+    self.line.show(plot_top_tau(shown, self.names, top if len(shown) else None))
 
 @patch
 def _cloud(self:RankDashboard, top:float, tops:pd.Series): # a figure
     run = self.run.value
     column = self.by.value
-    keys = dict(acc_super=run, metric_super=run, loss_super=f'{run}_loss', macs='macs',
-        n_params='params')
-    key = keys.get(column)
+    keys = dict(acc_super=run, metric_super=run, macs='macs', n_params='params')
+    key = keys.get(column, f'{run}_{str(column).removesuffix("_super")}')
     tau = None
     if key in self.protocol.index and np.isfinite(self.protocol.tau[key]):
         tau = self.protocol.loc[key, ['tau', 'low', 'high']].to_dict() | dict(top_tau=tops[key])

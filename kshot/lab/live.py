@@ -278,7 +278,7 @@ def _score(self:LiveCallback, paths:list[Path]) -> list[float]: # accuracies, or
     codes = self.learn.k_shot.codes_now(paths)
     scores = [score_path(self.learn.model, path, code, self.images, None, **self.scoring)
               for path,code in zip(paths, codes)]
-    return [score for score,_ in scores]
+    return [score.metric for score in scores]
 
 @patch
 def _look(self:LiveCallback):

@@ -25,10 +25,11 @@ from ..checkpoint import TrainingStopped
 from ..cli.command import command
 from ..cli.launch import run_folder, set_threads
 from ..config import Config, space_of
+from ..evaluate import score_columns
 from ..figures import plot_effects, plot_heuristic, plot_metrics
 from ..figures.effects import effects_table
 from ..figures.page import write_report
-from ..rank import kendall_tau, measure_of, metrics, seed_ceiling, sparse_kendall_tau
+from ..rank import BY, kendall_tau, measure_of, metrics, scorers_of, seed_ceiling, sparse_kendall_tau
 from ..record import add_result, check_links, environment, read_run, write_run
 from ..runs import ensure_trained, score_run
 from ..search import Search, make_search
@@ -42,32 +43,38 @@ from ..tables import get_table, get_truth, has_table, reference, write_parquet
 _RANKING = (
     'tau', 'spearman', 'sparse_tau', 'sparse_tau_position', 'top_tau', 'regret_1',
     'regret_n', 'precision_n', 'surpass_random', 'search_mean', 'search_std')
+_IN_SHORT = 'tau', 'top_tau' # by other scores than accuracy and loss
 METRICS = (
-    *_RANKING, *(f'{name}_loss' for name in _RANKING), 'acc_super', 'loss_super',
+    *_RANKING, *(f'{name}_loss' for name in _RANKING),
+    *(f'{name}_{by}' for by in list(BY)[1:] for name in _IN_SHORT), *score_columns(),
     'tau_macs', 'tau_params', 'acc_alone', 'ceiling')
 Metric = Literal[*METRICS]
 
 def ranking(
-    scores:pd.DataFrame, # columns path, acc_super (or metric_super), loss_super, macs, n_params
+    scores:pd.DataFrame, # columns path, macs, n_params and those of `score_columns`
     truth:pd.DataFrame,  # index path, a column per seed
     n:int=10,            # paths that a search keeps
 ) -> dict:               # name -> number
-    "Measure how well supernet accuracy, loss, MACs and parameters rank, and the ceiling."
+    "Measure how well supernet scores, MACs and parameters rank, and the ceiling."
     per_seed = truth.loc[scores.path]
     alone = per_seed.mean(axis=1).to_numpy()
-    losses = scores.loss_super.fillna(math.inf) # a loss that is NaN is the worst
     out = {}
-    kind = measure_of(scores)
-    score = scores[f'{kind}_super'].to_numpy(float)
-    for suffix,x in ('', score), ('_loss', -losses.to_numpy(float)):
+    for by,x in scorers_of({'': _worst_if_nan(scores)})[0].items(): # '', '_loss', ...
         by_position = sparse_kendall_tau(x, alone, reading='position')
         values = metrics(x, alone, n) | dict(sparse_tau_position=by_position)
-        out |= {f'{name}{suffix}': value for name,value in values.items()}
+        names = _RANKING if by in ('', '_loss') else _IN_SHORT
+        out |= {f'{name}{by}': values[name] for name in names}
     whole = per_seed.dropna(axis=1) # seeds that have every path
     ceiling = seed_ceiling(whole.T.to_numpy()) if whole.shape[1] > 1 else math.nan
     return out | dict(tau_macs=kendall_tau(scores.macs, alone),
         tau_params=kendall_tau(scores.n_params, alone), ceiling=ceiling,
-        **{f'{kind}_alone': float(alone.mean())})
+        **{f'{measure_of(scores)}_alone': float(alone.mean())})
+
+def _worst_if_nan(scores:pd.DataFrame) -> pd.DataFrame: # but margins that no path has stay NaN
+    worst = dict(margin_super=-math.inf, sigmoid_super=-math.inf)
+    known = scores.dropna(axis=1, how='all')
+    worst = {name: value for name,value in worst.items() if name in known}
+    return scores.fillna(worst | dict(loss_super=math.inf))
 
 # %% ../../nbs/studies/30_study.ipynb #221d7354
 def _truth(config:Config, scoring:Scoring) -> pd.DataFrame|None: # index path, a column per seed
@@ -100,7 +107,7 @@ def measure(
     ranked = {} if truth is None else ranking(scores, truth, n_kept)
     record = read_run(folder)
     seconds = record['seconds']
-    columns = [f'{measure_of(scores)}_super', 'loss_super']
+    columns = score_columns(measure_of(scores))
     means = {name: scores[name].mean() for name in columns}
     updates = record['results']['train']['updates']
     costs = dict(n_paths=len(scores), updates=updates, seconds_train=seconds['train'],
