@@ -44,9 +44,10 @@ def example_losses(
 
 # %% ../nbs/62_gaps.ipynb #62a9000a
 def _check_steps(steps:Sequence[int]):
-    rises = all(a < b for a,b in zip(steps, steps[1:]))
-    if steps and steps[0] > 0 and rises: return
-    raise ValueError(f'steps {tuple(steps)}, expected numbers above 0 that increase')
+    numbers = list(steps) if isinstance(steps, Iterable) else []
+    is_whole = all(isinstance(n, int) and n > 0 for n in numbers)
+    if numbers and is_whole and numbers == sorted(set(numbers)): return
+    raise ValueError(f'steps {steps}, expected whole numbers above 0 that increase')
 
 def _check_paths(paths:Sequence):
     n_different = len(set(paths))
@@ -68,6 +69,9 @@ def _rows_of(tuning:FineTuning, steps:Sequence[int], *scoring) -> list[dict]: # 
     for n in (0, *steps):
         tuning.run(n - tuning.n_done)
         scores, losses = _score(tuning, *scoring)
+        if not math.isfinite(scores['loss']):
+            loss = f'path {tuning.path} has loss {scores["loss"]} after {n} steps'
+            raise ValueError(f'{loss}, expected a finite number: lower the learning rate')
         rows.append(dict(n_steps=n, **scores, examples=losses.cpu().numpy()))
     for row in rows[1:-1]: row['examples'] = None # the noise is that of both ends
     return rows
@@ -186,14 +190,14 @@ def _true_of(truth:pd.DataFrame, paths:list[str]) -> pd.DataFrame: # in their or
     if missing:
         such = f'{len(missing)} paths such as {missing[0]!r}'
         raise ValueError(f'{such} are not in the truth, expected all')
-    return truth.loc[paths]
-
-def _check_finite(losses:pd.DataFrame): # index path, a column per number of steps
-    for n,column in losses.items():
-        wrong = column[~np.isfinite(column)]
-        if len(wrong):
-            raise ValueError(f'path {wrong.index[0]} has loss {wrong.iloc[0]} after {n} steps, '
-                             'expected a finite number: lower lr')
+    truth = truth.loc[paths]
+    mean = truth.mean(axis=1)
+    unknown = mean[~np.isfinite(mean)]
+    if len(unknown):
+        raise ValueError(f'{unknown.index[0]} has a truth of {unknown.iloc[0]}, expected a number')
+    if mean.nunique() == 1:
+        raise ValueError(f'truth of {mean.iloc[0]} for all paths, expected numbers that differ')
+    return truth
 
 def _ceilings(truth:pd.DataFrame, counts:np.ndarray) -> np.ndarray: # `(n_boot,)`
     seeds = truth.dropna(axis=1).T.to_numpy()
@@ -226,7 +230,6 @@ def find_gaps(
     "Tell the three gaps apart; `ValueError` if a path is not in the truth, or its loss not finite."
     losses = trained.pivot(index='path', columns='n_steps', values='loss')
     losses = losses.loc[trained.path.unique()] # `pivot` sorts them
-    _check_finite(losses)
     paths = losses.index.tolist()
     counts = _counts(len(paths), n_boot, seed)
     if truth is None:
@@ -258,13 +261,14 @@ def _split(at_start:np.ndarray, after:dict[int, np.ndarray], ceilings:np.ndarray
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_gaps.ipynb #62a9001d
-def _interval(row:pd.Series) -> str: return f'(95 % {row.low:.3f} to {row.high:.3f})'
+def _interval(row:pd.Series) -> str: return f'(95 % {row.low:z.3f} to {row.high:z.3f})'
 
 def _on_sharing(row:pd.Series, left:str) -> str: # what K > 1 can win
-    if row.low > 0: verdict = 'K > 1 can win at most that'
-    elif row.high > 0: verdict = f'perhaps nothing, and K > 1 can hardly win more than {row.high:.3f}'
-    else: verdict = 'there is nothing for K > 1 to win'
-    return f'{left} costs {row.tau:.3f} of tau here {_interval(row)}: {verdict}.'
+    if np.isnan(row.low): verdict = 'these paths cannot tell'
+    elif row.low > 0: verdict = 'K > 1 can win at most that'
+    elif row.high > 0: verdict = f'perhaps nothing, and K > 1 can hardly win more than {row.high:z.3f}'
+    else: verdict = 'no sign that K > 1 could win anything'
+    return f'{left} costs {row.tau:z.3f} of tau here {_interval(row)}: {verdict}.'
 
 @patch(as_prop=True)
 def words(self:Gaps) -> str:
@@ -274,16 +278,16 @@ def words(self:Gaps) -> str:
     last = self.curve.iloc[-1]
     word = 'accuracy' if measure == 'acc' else 'metric'
     alone = f'{last.n_steps:.0f} steps alone'
-    gain = f'the mean {word} of {self.n_paths} paths from {first[measure]:.3f} to {last[measure]:.3f}'
+    gain = f'the mean {word} of {self.n_paths} paths from {first[measure]:z.3f} to {last[measure]:z.3f}'
     if self.parts.empty:
         row = pd.Series(dict(low=last.tau_super_low, high=last.tau_super_high))
-        agree = f'tau between before and after is {last.tau_super:.3f} {_interval(row)}'
+        agree = f'tau between before and after is {last.tau_super:z.3f} {_interval(row)}'
         return f'{alone} take {gain}; {agree}. Only a table can tell which is nearer to the truth.'
     parts = self.parts.set_index('part')
     left = 'Sharing' if self.K == 1 else f'The sharing that is left with K = {self.K}'
     n = self.images.n_images.iloc[-1]
-    noise = f'{n:,} validation images instead of infinitely many cost {parts.tau.noise:.3f}'
-    proxy = f'the proxy {parts.tau.proxy:.3f}, up to the ceiling of {parts.tau.ceiling:.3f}'
+    noise = f'{n:,} validation images instead of infinitely many cost {parts.tau.noise:z.3f}'
+    proxy = f'the proxy {parts.tau.proxy:z.3f}, up to the ceiling of {parts.tau.ceiling:z.3f}'
     sharing = _on_sharing(parts.loc['sharing'], left)
     return f'{sharing} {noise}, and {proxy}. {alone} take {gain}.'
 

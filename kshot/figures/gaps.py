@@ -28,29 +28,29 @@ def _add_parts(fig:go.Figure, parts:pd.DataFrame, **panel):
         label = f'<b>{name} {row.tau:.3f}</b><br>{interval}'
         hover = f'{name} {row.tau:.3f}<br>{interval}<extra></extra>'
         if name in ('ceiling', 'supernet'):
-            fig.add_scatter(x=[row.tau], y=[label], error_x=_whiskers(row), cliponaxis=False,
-                mode='markers', marker=dict(size=10, color=color), hovertemplate=hover, **panel)
+            fig.add_scatter(x=[row.tau], y=[label], error_x=_whiskers(row), mode='markers',
+                marker=dict(size=10, color=color), hovertemplate=hover, cliponaxis=False,
+                showlegend=False, **panel)
             continue
         level -= row.tau
         fig.add_bar(x=[row.tau], base=[level], y=[label], orientation='h', width=.5,
-            marker_color=color, hovertemplate=hover, **panel)
+            marker_color=color, hovertemplate=hover, showlegend=False, **panel)
     labels = [trace.y[0] for trace in fig.data]
     fig.update_yaxes(categoryorder='array', categoryarray=labels[::-1], **panel)
     ends = rows.loc[['ceiling', 'supernet']]
     fig.update_xaxes(range=[ends.low.min()-.01, ends.high.max()+.01], title_text='tau-b', **panel)
 
 # %% ../../nbs/figures/47_gaps.ipynb #47a90007
-def _add_line(fig:go.Figure, x, y, label:str, color:str, dash='solid', **panel): # label at its end
-    text = ['']*(len(x)-1) + [label]
-    fig.add_scatter(x=x, y=y, text=text, textposition='bottom left', mode='lines+markers+text',
-        line=dict(color=OKABE_ITO[color], width=2, dash=dash), marker_size=6, name=label,
-        textfont_color=OKABE_ITO[color], hovertemplate='%{x:,}: %{y:.3f}<extra></extra>', **panel)
+def _add_line(fig:go.Figure, x, y, label:str, color:str, dash='solid', **options): # of trace, panel
+    fig.add_scatter(x=x, y=y, name=label, mode='lines+markers', marker_size=6,
+        line=dict(color=OKABE_ITO[color], width=2, dash=dash),
+        hovertemplate=f'{label}<br>%{{x:,}}: %{{y:.3f}}<extra></extra>', **options)
 
 def _add_band(fig:go.Figure, curve:pd.DataFrame, name:str, color:str, **panel): # 95 % over paths
     x = [*curve.n_steps, *curve.n_steps[::-1]]
     y = [*curve[f'{name}_high'], *curve[f'{name}_low'][::-1]]
     fig.add_scatter(x=x, y=y, fill='toself', mode='none', fillcolor=OKABE_ITO[color], opacity=.15,
-        hoverinfo='skip', **panel)
+        hoverinfo='skip', showlegend=False, **panel)
 
 def _add_images(fig:go.Figure, gaps:Gaps, **panel):
     images = gaps.images
@@ -58,8 +58,10 @@ def _add_images(fig:go.Figure, gaps:Gaps, **panel):
     _add_line(fig, images.n_images, images.tau_super, 'supernet', 'blue', **panel)
     _add_line(fig, images.n_images, images.tau, 'trained on', 'vermillion', **panel)
     limit = parts.supernet + parts.sharing + parts.noise
-    fig.add_hline(y=limit, line=dict(color=OKABE_ITO['sky'], width=2, dash='dot'), **panel)
     ticks = images.n_images.tolist()
+    ends = [ticks[0], ticks[-1]]
+    fig.add_scatter(x=ends, y=[limit]*2, name='with infinitely many images', mode='lines',
+        line=dict(color=OKABE_ITO['sky'], width=2, dash='dot'), hoverinfo='skip', **panel)
     fig.update_xaxes(type='log', tickvals=ticks, ticktext=[f'{n:,}' for n in ticks],
         title_text='validation images', **panel)
 
@@ -73,11 +75,13 @@ def _add_curves(fig:go.Figure, gaps:Gaps, panels:list[dict]):
     of_tau, of_score = panels
     name = 'tau' if has_truth else 'tau_super'
     _add_band(fig, curve, name, 'vermillion', **of_tau)
-    _add_line(fig, curve.n_steps, curve[name], 'by loss', 'vermillion', **of_tau)
+    steps = curve.n_steps
+    hidden = dict(showlegend=False)
+    _add_line(fig, steps, curve[name], 'trained on', 'vermillion', **hidden, **of_tau)
     if has_truth:
-        by_score = curve[f'tau_{measure}']
-        _add_line(fig, curve.n_steps, by_score, f'by {word}', 'orange', 'dot', **of_tau)
-    _add_line(fig, curve.n_steps, curve[measure], '', 'blue', **of_score)
+        by_word = f'trained on, by {word}'
+        _add_line(fig, steps, curve[f'tau_{measure}'], by_word, 'orange', 'dot', **of_tau)
+    _add_line(fig, steps, curve[measure], f'mean {word}', 'orange', **hidden, **of_score)
     for panel in panels: fig.update_xaxes(title_text='steps alone', **panel)
 
 def plot_gaps(
@@ -97,5 +101,5 @@ def plot_gaps(
     _add_curves(fig, gaps, [dict(row=rows, col=1), dict(row=rows, col=2)])
     title = 'What costs the ranking' if has_truth else 'What training on changes'
     note = f'{gaps.n_paths} paths; bands and intervals: 95 % over paths'
-    finish(fig, title, note, 90+290*rows, showlegend=False, margin=dict(t=104, b=64))
+    finish(fig, title, note, 120+290*rows, margin=dict(t=104, b=104))
     return stacked(fig, n, 340)
