@@ -50,7 +50,8 @@ class Refinement:
         frame = search.frame()
         if not 2 <= n <= len(frame):
             raise ValueError(f'{n} candidates, expected 2 to {len(frame)}, the paths that are scored')
-        first = frame[frame.trial.isin(frame.trial.nsmallest(max(n, search.n_wanted)))]
+        n_first = max(n, search.n_wanted or len(frame))
+        first = frame[frame.trial.isin(frame.trial.nsmallest(n_first))]
         self.search = search
         self.space = search.space
         self.costs = search.costs
@@ -107,10 +108,10 @@ def _complete(self:Refinement, rung:Search, paths:list[Path], score:Callable, sh
     def value(path):
         value = float(score(path))
         return -math.inf if math.isnan(value) else value
-    rung.sync()
     order = paths if rung.locks else random.SystemRandom().sample(paths, len(paths))
     for wait in (False, True): # first what is free
         for path in order:
+            rung.sync()
             if path in rung.scores: continue
             self.is_cut = show() is False
             if self.is_cut: return
