@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .base.inputs import Input, map_tensors, n_rows
 from .data import DataLoaders, held, pairs
-from .evaluate import Batches, accuracy_loss
+from .evaluate import Batches, Scores, accuracy_loss
 from .finetune import FineTuning, training_batches
 from .space import Path, Space
 from .supernet import Supernet
@@ -54,25 +54,26 @@ def _check_paths(paths:Sequence):
     if 1 < n_different == len(paths): return
     raise ValueError(f'{len(paths)} paths, {n_different} different, expected at least 2, each once')
 
-def _score(tuning, valid:Batches, calibration:Batches|None, metric:Any) -> tuple[dict, Tensor]:
+def _score(tuning, valid:Batches, calibration:Batches|None, metric:Any) -> tuple[Scores, Tensor]:
     "Return the scores of a path as it is now, and the loss of each example."
     forward = tuning.forward(calibration)
     outs = []
     for x,y in pairs(valid, tuning.device): outs.append((forward(x), y))
     scores = accuracy_loss(lambda out: out, outs, False, tuning.loss_func, metric)
     losses = [example_losses(out, y, tuning.loss_func) for out,y in outs]
-    measure = 'acc' if metric is None else 'metric'
-    return dict(zip((measure, 'loss'), scores)), torch.cat(losses)
+    return scores, torch.cat(losses)
 
-def _rows_of(tuning:FineTuning, steps:Sequence[int], *scoring) -> list[dict]: # before, and after
+def _rows_of(tuning, steps:Sequence[int], valid, calibration, metric) -> list[dict]: # and before
+    measure = 'acc' if metric is None else 'metric'
     rows = []
     for n in (0, *steps):
         tuning.run(n - tuning.n_done)
-        scores, losses = _score(tuning, *scoring)
-        if not math.isfinite(scores['loss']):
-            loss = f'path {tuning.path} has loss {scores["loss"]} after {n} steps'
+        scores, losses = _score(tuning, valid, calibration, metric)
+        if not math.isfinite(scores.loss):
+            loss = f'path {tuning.path} has loss {scores.loss} after {n} steps'
             raise ValueError(f'{loss}, expected a finite number: lower the learning rate')
-        rows.append(dict(n_steps=n, **scores, examples=losses.cpu().numpy()))
+        by_name = dict(zip((measure, *Scores._fields[1:]), scores))
+        rows.append(dict(n_steps=n, **by_name, examples=losses.cpu().numpy()))
     for row in rows[1:-1]: row['examples'] = None # the noise is that of both ends
     return rows
 
@@ -84,14 +85,14 @@ def train_on(
     space:Space,       # writes paths as strings
     paths:list[Path],  # N paths
     dls:DataLoaders,   # its first loader trains, its second scores
-    steps:Sequence[int]=(15, 40, 100), # updates after which a path is scored; it is before the first, too
+    steps:Sequence[int]=(15, 40, 100), # updates after which a path is scored again
     n_calibration:int=4, # training batches for batch norm; 0: as None of `kshot.evaluate.score_path`
     metric:Any=None,   # as in `kshot.evaluate.accuracy_loss`
     done:pd.DataFrame|None=None, # what an interrupted call kept
     keep:Callable[[pd.DataFrame], object]|None=None, # takes all rows so far, after each path
     progress:bool=False, # show a bar?
     **tuning,          # `lr`, `wd`, `loss_func` and `seed` of `FineTuning`
-) -> pd.DataFrame:     # path, n_steps, acc (or metric), loss, examples: the loss of each
+) -> pd.DataFrame:     # path, n_steps, acc (or metric), loss, margin, sigmoid, examples: each loss
     "Train paths on alone and score them; `ValueError` for wrong steps, or a path that is twice there."
     _check_steps(steps)
     _check_paths(paths)
@@ -125,7 +126,7 @@ def resampled_taus(
     squared = over_pairs(abs(x)) * over_pairs(abs(y))
     return over_pairs(x*y) / np.sqrt(np.where(squared > 0, squared, np.nan))
 
-def _counts(n:int, n_boot:int, seed:int) -> np.ndarray: # `(1 + n_boot, n)`, the first row: each path once
+def _counts(n:int, n_boot:int, seed:int) -> np.ndarray: # `(1 + n_boot, n)`, first all ones
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), n_boot)
     return np.concatenate([np.ones((1, n), int), draws])
 
@@ -155,7 +156,7 @@ def taus_by_images(
 @dataclass(frozen=True)
 class Gaps:
     "What separates the ranking of a supernet from the truth; intervals are 95 % over paths."
-    curve:pd.DataFrame  # n_steps, acc (or metric), loss, tau_super; with a truth tau, tau_acc, too
+    curve:pd.DataFrame  # n_steps, acc (or metric), loss, tau_super; with a truth tau, tau_acc, ..., too
     images:pd.DataFrame # n_images, tau_super, tau (after all steps); no rows without a truth
     parts:pd.DataFrame  # part (supernet, sharing, noise, proxy, ceiling), tau, low, high; likewise
     K:int=1             # number of supernets
@@ -215,7 +216,8 @@ def _curve(trained, losses:pd.DataFrame, truth:pd.Series|None, counts) -> pd.Dat
         row |= _with_interval('tau_super', resampled_taus(of_loss, -losses[0], counts))
         if truth is not None:
             row |= _with_interval('tau', resampled_taus(of_loss, truth, counts))
-            row[f'tau_{measure}'] = resampled_taus(own[measure], truth, counts[:1])[0]
+            for name in own.columns.intersection([measure, 'margin', 'sigmoid']): # more is better
+                row[f'tau_{name}'] = resampled_taus(own[name], truth, counts[:1])[0]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -243,7 +245,7 @@ def find_gaps(
     parts = _split(resampled_taus(-losses[0], mean, counts), after, _ceilings(truth, counts))
     return Gaps(_curve(trained, losses, mean, counts), pd.DataFrame(images), parts, K, len(paths))
 
-def _examples(trained:pd.DataFrame, n_steps:int) -> np.ndarray: # `(N, V)` losses, without those that are NaN
+def _examples(trained:pd.DataFrame, n_steps:int) -> np.ndarray: # `(N, V)` losses but NaN
     losses = np.stack(trained[trained.n_steps == n_steps].examples.tolist())
     return losses[:,~np.isnan(losses).all(0)]
 

@@ -78,9 +78,10 @@ def _add_curves(fig:go.Figure, gaps:Gaps, panels:list[dict]):
     steps = curve.n_steps
     hidden = dict(showlegend=False)
     _add_line(fig, steps, curve[name], 'trained on', 'vermillion', **hidden, **of_tau)
-    if has_truth:
-        by_word = f'trained on, by {word}'
-        _add_line(fig, steps, curve[f'tau_{measure}'], by_word, 'orange', 'dot', **of_tau)
+    for column,label,color in (measure, word, 'orange'), ('sigmoid', 'sigmoid', 'purple'):
+        taus = curve.get(f'tau_{column}')
+        if taus is None or not taus.notna().all(): continue
+        _add_line(fig, steps, taus, f'trained on, by {label}', color, 'dot', **of_tau)
     _add_line(fig, steps, curve[measure], f'mean {word}', 'orange', **hidden, **of_score)
     for panel in panels: fig.update_xaxes(title_text='steps alone', **panel)
 
