@@ -221,7 +221,8 @@ def tuned_scorer(
     batches = training_batches(learn.dls.train, RUNGS[-1])
     calibration = learn.dls.train.fixed(n_calibration) if n_calibration else None
     valid = held(learn.dls.valid)
-    options = dict(lr=LR_SHARE*config.lr, wd=config.wd, loss_func=benchmark.loss_func)
+    lr = LR_SHARE/2*config.lr # gentle: the best paths are close to each other
+    options = dict(lr=lr, wd=config.wd, loss_func=benchmark.loss_func)
     tunings = {}
     def score(path:Path, n_steps:int) -> Scores:
         tuning = tunings.get(path)

@@ -65,7 +65,7 @@ def picks(scores:Scores, table, n:int, n_refine:int, seed:int) -> dict[str, list
     best = dict(refined=[Refinement(search, n_refine).run(scores).path[0]], search=top[:1])
     for name,algorithm in dict(search_equal='nsga2', random_equal='random').items():
         best[name] = searched(scores, n_equal, algorithm, seed).frame().path[:1].tolist()
-    best['exhaustive'] = searched(scores, 10**9, 'exhaustive', 0).frame().path[:1].tolist()
+    best['exhaustive'] = [scores.space.format(max(scores.space, key=scores))]
     alone = table.frame[table.frame.split == 'valid'].pivot(index='path', columns='seed', values='loss')
     data = get_data(scores.benchmark.data or scores.config.space)
     of_training = 3*data.train.bs*len(data.train)*int(table.frame.epochs.max()) + of_path
