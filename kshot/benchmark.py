@@ -151,14 +151,17 @@ def register(
 _in_chains = ('drop_path', 'dropout', 'affine')
 _on_cifar = partial(Training, data='cifar10', portion=.5)
 
+def _packaged_table(name): return FilePath(str(files('kshot')/'benchmarks'/f'{name}.parquet'))
+
 register(Benchmark(
     name='digits', space=digits_space(), net=digits_net, x_shape=(1,8,8), sharing=_in_chains,
     recipe=Training(data='digits', epochs=30, passes=25, bs=100, lr=.05),
-    table=FilePath(str(files('kshot')/'benchmarks'/'digits.parquet'))))
+    table=_packaged_table('digits')))
 
 register(Benchmark(
     name='views', space=views_space(), net=views_net, x_shape=(1,8,8), sharing=('dropout', 'affine'),
-    recipe=Training(data='digits', epochs=25, passes=15, bs=50, lr=.05)))
+    recipe=Training(data='digits', epochs=25, passes=15, bs=50, lr=.05),
+    table=_packaged_table('views')))
 
 register(Benchmark(
     name='macro', space=macro_space(), net=macro_net, x_shape=(3,32,32), sharing=_in_chains,

@@ -110,7 +110,7 @@ def test_json_is_alone_on_stdout(home, tmp_path):
     assert result['name'] == 'nats' and result['splits'][0]['paths'] == 120
 
 @pytest.mark.parametrize('args,text', [
-    (['show', 'nb201'], 'expected one of digits or a .parquet file; kshot_tables import nb201 FILE'),
+    (['show', 'nb201'], 'expected one of digits, views or a .parquet file; kshot_tables import nb201 FILE'),
     (['import', 'cifar', 'x'], "space 'cifar', expected one of digits, views, macro"),
     (['import', 'macro'], 'no source of table macro'),
     (['drop'], "subcommand 'drop', expected list"),
@@ -263,7 +263,7 @@ def test_macro_table(shared, capsys):
     taus = frame.tau[['macs', 'params', 'seed 0 against seed 1']]
     assert taus.round(3).tolist() == [.556, .218, .882]
     kinds = [t['kind'] for t in list_tables()]
-    assert kinds == ['packaged', 'imported', 'importable', 'importable']
+    assert kinds == ['packaged', 'packaged', 'imported', 'importable', 'importable']
 
 def test_nb201_table(shared):
     table = get_table('nb201')
