@@ -70,7 +70,7 @@ class Spy: # notes the paths of each step
 
 with distributed(timeout=60) as shard:
     more = dict(distill=True, ema=.9) if sampler == 'sandwich' else {}
-    config = Config(K=3, bs=160, passes=1, mode=mode, sampler=sampler, warmup=0., **more)
+    config = Config(K=3, bs=160, passes=1, mode=mode, sampler=sampler, warmup=0., branch='', **more)
     learn = make_learner(config, shard)
     learn.model.double()
     learn.k_shot.codes.double()
