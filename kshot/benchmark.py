@@ -44,7 +44,7 @@ class Training:
     portion:float|None=None # part of the training images that train, 0-1; the others validate
     passes:int=1           # passes over the training set in an epoch
     lr_end:float=0.        # learning rate at the end
-    branch:str='0.5'       # shares of training at which one supernet becomes K; '': K from the start
+    branch:str='0.2'       # shares of training at which one supernet becomes K; '': K from the start
     warmup:float=.1        # share of training with uniform codes, 0-1
     wd:float=5e-4          # weight decay
     bf16:bool=False        # compute in bfloat16 on a GPU

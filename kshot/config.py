@@ -34,7 +34,7 @@ Codes = Literal['simplex', 'uniform', 'vertex', 'free']
 
 @dataclass(frozen=True)
 class CodeOptions(Sharing):
-    "What makes the codes, and when one supernet becomes K."
+    "What makes the codes, and when supernets branch."
     codes:Codes='simplex'  # what makes the codes; vertex is few-shot
     block:int=0            # vertex: the block whose op chooses the supernet
     lean:int|None=None     # simplex: block whose ops start with supernets of their own; None: none
@@ -139,7 +139,8 @@ def _check_sizes(config:Config):
         raise ValueError(f'warmup={config.warmup}, expected a share of training, 0 to below 1')
 
 def _check_branch(config:Config):
-    splits = branching(config.K, branch_of(config))
+    try: splits = branching(config.K, branch_of(config))
+    except ValueError as e: raise ValueError(f'branch={config.branch!r}: {e}') from e
     if config.restart and (config.K == 1 or not splits or splits[-1][0] == 0):
         raise ValueError(f'restart={config.restart} with K={config.K} and branch={config.branch!r}, '
                          'expected a branch during training')

@@ -330,7 +330,7 @@ def branching(
     n = len(shares)
     factor = round(K**(1/n))
     if factor < 2 or factor**n != K:
-        raise ValueError(f'K={K} in {n} splits, expected a number to the power of {n}')
+        raise ValueError(f'K={K} in {n} equal splits, expected {2**n}, {3**n}, ...')
     return [(share, factor**i) for i,share in enumerate(shares, 1)]
 
 @patch

@@ -52,18 +52,41 @@ def taus(
     for K in (1, 2, 4, 8): out[scorer_name(K)] = [row['tau_loss'] for row in rows if row['K'] == K]
     return out | {'seed ceiling': [ceiling]}
 
+def taus_of_views(
+    root:Path=ROOT, # the project
+) -> dict:          # as `taus`
+    "Return what the second picture shows: Views-Bench, one-shot and two K that branch."
+    import numpy as np
+    from kshot.rank import kendall_tau
+    from kshot.tables import get_table
+    rows = json.loads((root/'results'/'k_pays.json').read_text())['rows']
+    rows = [row for row in rows if row['space'] == 'views' and row['is_best_lr'] and row['lean'] is None]
+    table = get_table('views')
+    acc = table.per_seed(split='test')
+    macs = table.select(split='test', seed=0).set_index('path').macs[acc.index]
+    ceiling = np.mean([kendall_tau(acc[a], acc[b]) for a,b in combinations(range(3), 2)])
+    out = {'counting MACs': [kendall_tau(macs, acc.mean(axis=1))]}
+    for K,branch in ((1, ''), (4, '0.2'), (8, '0.2')):
+        out[scorer_name(K)] = [row['tau_loss'] for row in rows if (row['K'], row['branch']) == (K, branch)]
+    return out | {'seed ceiling': [ceiling]}
+
 def draw_picture(
-    fname:Path=ROOT/'nbs'/'images'/'digits_kshot.png', # to write
+    taus:dict,  # what `taus` or `taus_of_views` returned
+    bench:str,  # name of the benchmark
+    fname:Path, # to write
 ):
-    "Draw the README's figure."
+    "Draw a figure of the README."
     import pandas as pd
     from kshot.figures import plot_protocol
-    points = {name: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for name,v in taus().items()}
+    points = {name: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for name,v in taus.items()}
     fig = plot_protocol(pd.DataFrame(points).T)
-    title = 'Kendall tau on Digits-Bench, by loss; whiskers: lowest and highest of three seeds'
+    title = f'Kendall tau on {bench}, by loss; whiskers: lowest and highest seed'
     fig.update_layout(title_text=title)
     fig.write_image(fname, width=800, height=330, scale=1.5)
 
 if __name__ == '__main__':
-    if 'picture' in sys.argv: draw_picture()
+    if 'picture' in sys.argv:
+        images = ROOT/'nbs'/'images'
+        draw_picture(taus(), 'Digits-Bench', images/'digits_kshot.png')
+        draw_picture(taus_of_views(), 'Views-Bench', images/'views_kshot.png')
     (ROOT/'README.md').write_text(readme(), encoding='utf-8')
