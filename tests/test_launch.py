@@ -91,10 +91,14 @@ def test_interrupted_training_ends_like_an_undisturbed_one(trained, number):
     resumed, meta_resumed = load_newest(trained/name)
     assert meta | {'seconds': meta_resumed['seconds']} == meta_resumed and same_tensors(whole, resumed)
 
+def scorers_of(*runs):
+    scores = ['', '_loss', '_margin', '_sigmoid', '_ranks', '_ranks_macs']
+    return {run+score for run in runs for score in scores} | {'macs', 'params', 'ceiling'}
+
 def test_rank(trained):
     code, out, err = call('rank', '--runs', trained, '--name', 'whole', '--n_paths', 30, '--json')
     assert code == 0, err
-    assert set(last_json(out)) == {'supernet', 'supernet_loss', 'macs', 'params', 'ceiling'}
+    assert set(last_json(out)) == scorers_of('supernet')
 
 def test_search_goes_on_and_retrain_takes_its_path(trained):
     argv = ['--runs', trained, '--name', 'whole', '--algorithm', 'random', '--macs', 500_000, '--json']
@@ -203,9 +207,7 @@ def test_demo_quick(tmp_path):
     assert record == json.loads((tmp_path/'demo/run.json').read_text())
     ranks = record['results']['rank']
     best = record['results']['search']
-    scores = ['', '_loss', '_margin', '_sigmoid', '_ranks', '_ranks_macs']
-    scorers = {name+score for name in ('kshot', 'one_shot') for score in scores}
-    assert set(ranks) == scorers | {'macs', 'params', 'ceiling'}
+    assert set(ranks) == scorers_of('kshot', 'one_shot')
     assert all(ranked['low'] <= ranked['tau'] <= ranked['high'] for ranked in ranks.values())
     assert best['macs'] <= best['budget_macs'] and 0 < best['acc_alone'] < 1
     assert 1 <= best['rank_in_budget'] <= best['rank'] <= 625
