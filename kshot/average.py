@@ -7,6 +7,7 @@ __all__ = ['decay_at', 'AverageCallback']
 
 # %% ../nbs/46_average.ipynb #a7e4a903
 import torch
+from .data import DataLoaders # before fastai: no warning
 from fastai.callback.core import Callback
 from torch import Tensor
 

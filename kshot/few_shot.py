@@ -22,7 +22,7 @@ class FewShotCallback(Callback):
     ):
         self.K = K
 
-    def split(self,
+    def splitter(self,
         supernet:Supernet, # on its device
     ) -> list[list[Tensor]]: # rows of banks with weight decay, rows without
         "Split parameters for fastai as `by_decay` does, each row of a bank by itself."

@@ -267,7 +267,7 @@ def _interval(row:pd.Series) -> str: return f'(95 % {row.low:z.3f} to {row.high:
 
 def _on_sharing(row:pd.Series, left:str) -> str: # what K > 1 can win
     if np.isnan(row.low): verdict = 'these paths cannot tell'
-    elif row.low > 0: verdict = 'K > 1 can win at most that'
+    elif row.low > 0: verdict = 'K > 1 can hardly win more'
     elif row.high > 0: verdict = f'perhaps nothing, and K > 1 can hardly win more than {row.high:z.3f}'
     else: verdict = 'no sign that K > 1 could win anything'
     return f'{left} costs {row.tau:z.3f} of tau here {_interval(row)}: {verdict}.'

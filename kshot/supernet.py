@@ -407,19 +407,28 @@ def fold(
     if codes.shape[-1] == K: return codes
     return codes.unflatten(-1, (K, -1)).sum(-1)
 
+def _set_rows(bank:nn.Parameter, rows:Tensor): # another number of them, in the same parameter
+    other = torch.half if rows.dtype is torch.float else torch.float
+    bank.grad = None
+    bank.data = rows.new_empty(0, dtype=other) # autograd forgets the old shape
+    bank.data = rows
+
 @patch
 def split(self:Supernet,
     n:int, # what each supernet becomes
 ):
     "Make `n` equal supernets of each, in place, in neighboring rows; gradients are dropped."
     if n < 1: raise ValueError(f'a split into {n}, expected at least 1')
-    for bank in self.banks.values():
-        rows = bank.data.repeat_interleave(n, 0)
-        bank.grad = None
-        other = torch.half if rows.dtype is torch.float else torch.float
-        bank.data = rows.new_empty(0, dtype=other) # autograd forgets the old shape
-        bank.data = rows
+    for bank in self.banks.values(): _set_rows(bank, bank.data.repeat_interleave(n, 0))
     self.K *= n
+
+@patch
+def merge(self:Supernet) -> bool: # were they equal?
+    "Make one supernet of all, in place, if they are equal."
+    if not all(bank.equal(bank[:1].expand_as(bank)) for bank in self.banks.values()): return False
+    for bank in self.banks.values(): _set_rows(bank, bank.data[:1].clone())
+    self.K = 1
+    return True
 
 # %% ../nbs/20_supernet.ipynb #5b117a07
 @patch

@@ -231,6 +231,7 @@ def before_fit(self:KShotCallback):
         x, _ = next(pairs(self.dls.valid, device_of(self.dls)))
         self._try(x, 'validation in batches of 1, expected more for batch norm')
     self._train_banks(True)
+    self._merge()
     self.model.zero_grad()
     self.code_grads = []
     self.n_updates = 0 # forward and backward passes over a batch, of any path
@@ -348,13 +349,24 @@ def split(self:KShotCallback,
     self.model.split(n)
     self.code_grads = []
     if hasattr(self.learn, 'average'): self.learn.average.follow(n)
+    def repeat(t): return t.repeat_interleave(n, 0)
+    self._change_memory(K, n, repeat)
+
+@patch
+def _change_memory(self:KShotCallback, K:int, n:int, change:Callable[[Tensor], Tensor]): # of the optimizer
     if self.learn.opt is None: return # not yet trained
     states = getattr(self.opt, 'opt', self.opt).state
     for bank in self.model.banks.values():
         for name,t in states.get(bank, {}).items():
             is_of_rows = isinstance(t, Tensor) and t.ndim > 0 and len(t) == K
-            if is_of_rows: states[bank][name] = t.repeat_interleave(n, 0)
+            if is_of_rows: states[bank][name] = change(t)
     if hasattr(self.learn, 'few_shot'): self.learn.few_shot.follow(n, states)
+
+@patch
+def _merge(self:KShotCallback): # supernets that never differed will branch when it is time
+    K = self.model.K
+    def first_row(t): return t[:1]
+    if self.splits and K > 1 and self.model.merge(): self._change_memory(K, 1, first_row)
 
 @patch
 def complete(self:KShotCallback):
@@ -567,7 +579,7 @@ def kshot_learner(
     supernet.codes = codes # saved and loaded with the weights
     supernet = supernet.to(device_of(dls))
     few_shot = FewShotCallback(K) if hasattr(codes, 'supernet_of') else None
-    splitter = few_shot.split if few_shot else by_decay
+    splitter = few_shot.splitter if few_shot else by_decay
     loss_func, metrics = _objective(loss_func, metrics, smoothing=.1)
     of_learner = dict(loss_func=loss_func, opt_func=opt_func, splitter=splitter, metrics=metrics)
     learn = KShotLearner(dls, supernet, **of_learner, **kwargs)

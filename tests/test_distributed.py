@@ -46,7 +46,7 @@ from kshot.base.distributed import distributed, world
 from kshot.checkpoint import save_tensors
 from kshot.config import Config, make_learner
 
-fname, mode, sampler = sys.argv[1:]
+fname, mode, sampler, branch = sys.argv[1:]
 sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
 def count(t, *args, **kwargs):
     sent.append(t.numel()*t.element_size())
@@ -70,7 +70,8 @@ class Spy: # notes the paths of each step
 
 with distributed(timeout=60) as shard:
     more = dict(distill=True, ema=.9) if sampler == 'sandwich' else {}
-    config = Config(K=3, bs=160, passes=1, mode=mode, sampler=sampler, warmup=0., branch='', **more)
+    config = Config(K=3, bs=160, passes=1, mode=mode, sampler=sampler, warmup=0.,
+                    branch=branch, **more)
     learn = make_learner(config, shard)
     learn.model.double()
     learn.k_shot.codes.double()
@@ -88,18 +89,21 @@ with distributed(timeout=60) as shard:
 
 MODES = [('joint', 'uniform'), ('joint', 'fair'), ('joint', 'sandwich'), ('alternate', 'uniform')]
 @pytest.mark.parametrize('mode,sampler', MODES)
-def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path, mode, sampler):
+@pytest.mark.parametrize('branch', ['', '0.5'])
+def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path, mode, sampler, branch):
     for n in (1, 2):
-        code, out, err = call_ranks(n, FEW_STEPS, tmp_path/f'w{n}', mode, sampler)
+        code, out, err = call_ranks(n, FEW_STEPS, tmp_path/f'w{n}', mode, sampler, branch)
         assert code == 0, err
     (one,_), (a,meta), (b,_) = (load_tensors(tmp_path/name) for name in ('w1.0', 'w2.0', 'w2.1'))
     for name in one:
         assert a[name].equal(b[name]), f'{name} differs between the ranks'
         assert (a[name] - one[name]).abs().max() <= 1e-9*one[name].abs().max(), name
     if mode == 'alternate': return
-    # one message a step: the mixed weights of its paths, the gradient of their codes, the loss
+    # one message a step: the mixed weights of its paths, the loss, the gradient of their codes if they learn
     n_paths = dict(fair=5, sandwich=4).get(sampler, 1)
-    assert meta['sent'][:5] == [8*(n_mixed + 3*n_paths + 1) for n_mixed in meta['mixed']]
+    in_codes = [3*n_paths]*5 if not branch else [0]*3 + [3*n_paths]*2
+    expected = [8*(n_mixed + n_code + 1) for n_mixed,n_code in zip(meta['mixed'], in_codes)]
+    assert meta['sent'][:5] == expected
 
 SMALL = '--K 2 --epochs 4 --passes 10 --bs 200'.split()
 

@@ -27,7 +27,8 @@ from kshot.evaluate import score_path
 from kshot.retrain import get_recipe, lr_at, retrain
 from kshot.simplex import SimplexNet, UniformCode, VertexCode
 from kshot.space import Block, Space
-from kshot.train import ClassLoss, accuracy, by_decay, kshot_learner, torch_optimizer, train_alone
+from kshot.train import (ClassLoss, KShotCallback, accuracy, by_decay, kshot_learner, sgd,
+                         torch_optimizer, train_alone)
 
 def space_of(*sizes):
     "Name the ops of blocks by their numbers."
@@ -570,6 +571,46 @@ def test_the_learning_rate_finder_leaves_weights_and_codes_alone(tmp_path):
     before = copy.deepcopy(learn.model.state_dict())
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
     assert same(learn.model.state_dict(), before)
+
+class CountSupernets(Callback):
+    "Note the number of supernets in each step."
+    order = KShotCallback.order + 1
+    def before_fit(self): self.seen = []
+    def before_batch(self):
+        if self.training: self.seen.append(self.model.K)
+
+@pytest.mark.parametrize('opt_func', [sgd, torch_optimizer])
+@pytest.mark.parametrize('codes', [None, VertexCode(4, 0)])
+def test_training_branches_when_it_is_time_after_a_trial(codes, opt_func, tmp_path):
+    space = space_of(4, 2)
+    net = Deep()
+    net.blocks[0] = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+    data = of_tensors(randn(6), torch.arange(N) % 6)
+    learn = kshot_learner(net, space, data, K=4, codes=codes, branch=.5, opt_func=opt_func, path=tmp_path)
+    n_steps = 4*len(data.train)
+    def check(n_shared):
+        count = CountSupernets()
+        with learn.no_bar(), learn.no_logging(): learn.fit(4, .1, cbs=count)
+        assert count.seen == [1]*n_shared + [4]*(n_steps-n_shared)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=n_steps, show_plot=False)
+    check(n_steps//2)
+    assert len(learn.model.banks['shared'].unique(dim=0)) == 4
+    check(0) # they differ: nothing is taken back
+
+class KeepFirst(Callback):
+    "Return to the weights of the first epoch, as `SaveModelCallback` does if it was the best."
+    order = SaveModelCallback.order
+    def after_epoch(self):
+        if self.epoch == 0: self.learn.save('first')
+    def after_fit(self): self.learn.load('first', with_opt=False)
+
+def test_the_best_epoch_may_be_one_before_the_branch(tmp_path):
+    learn = deep_fit(tmp_path, 4, [KeepFirst()], K=4, branch=.5)
+    path = 1, 0
+    code, = learn.model.codes([path])
+    shared = learn.model(randn(6), path, code)
+    assert learn.model.K == 4 and learn.model.merge()
+    torch.testing.assert_close(learn.model(randn(6), path, torch.ones(1)), shared)
 
 @pytest.mark.parametrize('codes', [None, VertexCode(2, 0)])
 def test_an_interrupted_fit_keeps_the_live_weights(codes, tmp_path):

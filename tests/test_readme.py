@@ -9,7 +9,7 @@ from kshot.nets.layers import SupernetOnly
 from kshot.networks import Subnet
 from kshot.rank import BY
 from kshot.supernet import Supernet
-from readme import readme, taus
+from readme import readme, taus, taus_of_views
 
 TEXT = (ROOT/'README.md').read_text(encoding='utf-8')
 MAKE = (ROOT/'Makefile').read_text()
@@ -79,12 +79,14 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
     subnet = {'subnet.safetensors', 'subnet.pt2', 'subnet.onnx'}
     assert {'run.json', 'report.html', 'search.parquet', *subnet} <= made
 
-def test_numbers_are_those_of_results():
-    "What the picture's text says is what results/ and the table say."
-    text = re.search(r'!\[Kendall tau on Digits-Bench, by loss: ([^\]]*)\]', TEXT)[1]
+@pytest.mark.parametrize('bench,of_bench,scorers', [
+    ('Digits', taus, ['counting MACs', 'one-shot', 'K-shot, K = 4', 'seed ceiling']),
+    ('Views', taus_of_views, ['counting MACs', 'one-shot', 'K-shot, K = 4', 'K-shot, K = 8', 'seed ceiling'])])
+def test_numbers_are_those_of_results(bench, of_bench, scorers):
+    "What a picture's text says is what results/ and the table say."
+    text = re.search(rf'!\[Kendall tau on {bench}-Bench, by loss: ([^\]]*)\]', TEXT)[1]
     numbers = [float(v) for v in re.findall(r'(?<= )\.\d+', text)]
-    scorers = 'counting MACs', 'one-shot', 'K-shot, K = 4', 'seed ceiling'
-    assert numbers == pytest.approx([np.mean(taus()[k]) for k in scorers], abs=.005)
+    assert numbers == pytest.approx([np.mean(of_bench()[k]) for k in scorers], abs=.005)
 
 def test_table_and_citations():
     section = TEXT.partition('Facts as of 2026-11')[2].partition('## Cite')[0]

@@ -60,7 +60,7 @@ def taus_of_views(
     from kshot.rank import kendall_tau
     from kshot.tables import get_table
     rows = json.loads((root/'results'/'k_pays.json').read_text())['rows']
-    rows = [row for row in rows if row['space'] == 'views' and row['is_best_lr'] and row['lean'] is None]
+    rows = [row for row in rows if row['space'] == 'views' and row['lr'] == .05 and row['lean'] is None]
     table = get_table('views')
     acc = table.per_seed(split='test')
     macs = table.select(split='test', seed=0).set_index('path').macs[acc.index]
