@@ -26,7 +26,8 @@ from .networks import Sharing
 from .sampler import SamplerName, UniformSampler, get_sampler
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode, width_discrimination
 from .space import Path, Space
-from .train import DropPathCallback, Learner, Mode, ParamScheduler, accuracy, branching, cosine
+from .supernet import branching
+from .train import DropPathCallback, Learner, Mode, ParamScheduler, accuracy, cosine
 from .train import kshot_learner, sgd
 
 # %% ../nbs/80_config.ipynb #5b120a01

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Mode', 'by_decay', 'torch_optimizer', 'sgd', 'ClassLoss', 'accuracy', 'LocalLoss', 'cosine', 'SkipValidation',
-           'device_of', 'check_loaders', 'InputsCallback', 'train_alone', 'KShotCallback', 'branching',
-           'OtherPathsCallback', 'distillation', 'KShotLearner', 'kshot_learner', 'DropPathCallback']
+           'device_of', 'check_loaders', 'InputsCallback', 'train_alone', 'KShotCallback', 'OtherPathsCallback',
+           'distillation', 'KShotLearner', 'kshot_learner', 'DropPathCallback']
 
 # %% ../nbs/50_train.ipynb #d3ab520e
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ from .nets.sharing import drop_paths_of, set_drop_path
 from .few_shot import FewShotCallback
 from .simplex import SimplexNet, UniformCode
 from .space import Path, Space
-from .supernet import DeferredGradients, Supernet, fold
+from .supernet import DeferredGradients, Supernet, branching, fold
 
 # %% ../nbs/50_train.ipynb #9420a815
 def by_decay(
@@ -318,22 +318,6 @@ def _train_banks(self:KShotCallback, is_on:bool):
     for bank in self.model.banks.values(): bank.requires_grad_(is_on)
 
 # %% ../nbs/50_train.ipynb #5b117b02
-def branching(
-    K:int, # number of supernets in the end
-    branch:float|Sequence[float], # shares of training, 0 to below 1, rising
-) -> list[tuple[float, int]]: # share, number of supernets from then on; empty for K=1
-    "Plan splits by equal factors; `ValueError` for other shares, or a K that has no such factors."
-    shares = [branch] if isinstance(branch, int | float) else list(branch)
-    is_rising = all(a < b for a,b in zip(shares, shares[1:]))
-    if not is_rising or not all(0 <= share < 1 for share in shares):
-        raise ValueError(f'branch at {shares}, expected rising shares of training, 0 to below 1')
-    if K == 1 or not shares: return []
-    n = len(shares)
-    factor = round(K**(1/n))
-    if factor < 2 or factor**n != K:
-        raise ValueError(f'K={K} in {n} equal splits, expected {2**n}, {3**n}, ...')
-    return [(share, factor**i) for i,share in enumerate(shares, 1)]
-
 @patch
 def _branch(self:KShotCallback, progress:float|None=None): # split if it is time
     progress = self.learn.pct_train if progress is None else progress

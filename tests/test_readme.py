@@ -81,7 +81,8 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('bench,of_bench,scorers', [
     ('Digits', taus, ['counting MACs', 'one-shot', 'K-shot, K = 4', 'seed ceiling']),
-    ('Views', taus_of_views, ['counting MACs', 'one-shot', 'K-shot, K = 4', 'K-shot, K = 8', 'seed ceiling'])])
+    ('Views', taus_of_views,
+     ['counting MACs', 'one-shot', 'K-shot, K = 4', 'K-shot, K = 8', 'seed ceiling'])])
 def test_numbers_are_those_of_results(bench, of_bench, scorers):
     "What a picture's text says is what results/ and the table say."
     text = re.search(rf'!\[Kendall tau on {bench}-Bench, by loss: ([^\]]*)\]', TEXT)[1]
