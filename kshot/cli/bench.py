@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['bench', 'plain_step', 'supernet_step', 'naive_step', 'simplex_step', 'one_shot_loop', 'peak_mib', 'bench_step',
-           'bench_score', 'bench_data']
+           'bench_train', 'bench_score', 'bench_data']
 
 # %% ../../nbs/cli/60_bench.ipynb #2404ccc8
-import statistics, subprocess, sys, tempfile
+import statistics, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -25,6 +25,7 @@ from .command import command, commands
 from .timing import interleaved, milliseconds, ratio
 from .traffic import bench_comm, needs
 from .watching import bench_live
+from ..config import Config, make_learner, schedule_of
 from ..data import fastest_device, imagenet_data
 from ..datasets.folder import images_per_second
 from ..evaluate import score_chain, score_path
@@ -183,6 +184,34 @@ def _simplex_times(contest:_Contest, paths:list[list[Path]], rounds:int) -> dict
     def take(step, i): step(x, y, paths[i])
     return interleaved({name: partial(take, step) for name,step in steps.items()}, rounds)
 
+# %% ../../nbs/cli/60_bench.ipynb #60b18002
+def _fit(learners:list, config:Config, i:int):
+    learn = learners.pop()
+    with learn.no_bar(), learn.no_logging(): learn.fit(config.epochs, cbs=schedule_of(config))
+
+def bench_train(
+    space:str='digits', # whose supernets are trained
+    K:int=8,          # number of supernets
+    branch:str='0.2', # shares of training at which one supernet splits
+    epochs:int=5,     # of a training
+    passes:int|None=None, # over the training set in an epoch; None: the benchmark's
+    rounds:int=5,     # trainings of each contestant
+) -> dict:            # ratios, and medians in milliseconds
+    "Measure trainings with one supernet, with K that branch, and with K of their own draws."
+    usual = dict(space=space, epochs=epochs, passes=passes)
+    configs = dict(one_shot=Config(K=1, **usual), branching=Config(K=K, branch=branch, **usual),
+                   own_draws=Config(K=K, branch='', **usual))
+    steps = {}
+    for name,config in configs.items():
+        learners = [make_learner(config) for _ in range(rounds+2)]
+        steps[name] = partial(_fit, learners, config)
+    has_gpu = torch.cuda.is_available()
+    times = interleaved(steps, rounds, time.perf_counter if has_gpu else time.process_time)
+    over = {name: ratio(times, name, 'one_shot') for name in times}
+    return dict(space=space, K=K, branch=branch, epochs=epochs, passes=passes, rounds=rounds,
+                threads=torch.get_num_threads(), over_one_shot=over, ms=milliseconds(times))
+
+
 # %% ../../nbs/cli/60_bench.ipynb #1b865678
 def bench_score(
     space:str='macro', # whose network
@@ -294,6 +323,21 @@ def _step(
     measured = bench_step(bs=bs, rounds=rounds, space=space, channels=channels, px=px, bf16=bf16)
     return _result(measured, save)
 
+# %% ../../nbs/cli/60_bench.ipynb #60b18005
+@command(of='bench', examples={
+    '': 'Digits-Bench, eight supernets',
+    '--K 4 --branch 0.5': 'four, from half of the training on'})
+def _train(
+    space:str='digits',  # space whose supernets are trained
+    K:int=8,             # number of supernets
+    branch:str='0.2',    # shares of training at which one supernet splits
+    rounds:int=5,        # trainings of each contestant
+    save:FilePath=FilePath(), # JSON file to write
+):
+    "Measure trainings with K supernets beside those with one."
+    _check_least(1, rounds=rounds)
+    return _result(bench_train(space, K, branch, rounds=rounds), save)
+
 # %% ../../nbs/cli/60_bench.ipynb #5289cf7c
 @command(of='bench', examples={
     '': 'NAS-Bench-Macro',
@@ -363,4 +407,4 @@ def _needs(
     return _result(needs(space, K, widths=tuple(map(float, widths.split()))), save)
 
 bench = commands('Measure what K supernets cost beside one.',
-                 [_step, _score, _data, _live, _comm, _needs])
+                 [_step, _train, _score, _data, _live, _comm, _needs])
