@@ -298,10 +298,12 @@ def _check_space(name:str):
 def _result(measured:dict, save:FilePath) -> tuple[dict, str]: # with versions, and as text
     result = measured | environment()
     if save.name: write_json(save, result)
-    rows = {}
-    for name,value in measured.items():
-        rows |= value if isinstance(value, dict) else {name: value}
-    return result, '\n'.join(f'{name}: {value}' for name,value in rows.items())
+    lines = [f'{name}: {_words(value)}' for name,value in measured.items()]
+    return result, '\n'.join(lines)
+
+def _words(value) -> str: # a dictionary as 'K1 0.9, K4 1.1'
+    if not isinstance(value, dict): return str(value)
+    return ', '.join(f'{name} {_words(number)}' for name,number in value.items())
 
 @command(of='bench', examples={
     '': 'NAS-Bench-Macro',
