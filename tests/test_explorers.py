@@ -33,8 +33,7 @@ FRAMES = {
 }
 
 def drag(view, x, y): # as a page does
-    box = dict(type='rect', x0=x[0], x1=x[1], y0=y[0], y1=y[1])
-    view.widget.plotly_relayout(dict(selections=[box]))
+    view.on['box'](dict(x=x, y=y))
 
 @pytest.mark.parametrize('scores', FRAMES.values(), ids=FRAMES)
 def test_accuracies(scores):

@@ -120,9 +120,8 @@ def _live_controls(training:LiveCallback, n:int=200) -> dict[str, Callable]:
     search.run(lambda path: rng.random(), n, 'random', progress=live)
     def click(i): live.choose(search.space.parse(live.frame.path[i%n]))
     def axis(i): live.costs.value = ('ops', 'first')[i%2]
-    def theme(i): training.panel.window.is_dark = i%2 == 0
     def pause(i): training.panel.pause_button.click()
-    return dict(pause=pause, theme=theme, click_of_200_paths=click, other_cost=axis)
+    return dict(pause=pause, click_of_200_paths=click, other_cost=axis)
 
 def _random_scores(space:Space, rng:np.random.Generator) -> pd.DataFrame:
     scores = pd.DataFrame(dict(path=[space.format(path) for path in space]))

@@ -14,7 +14,8 @@ from html import escape
 import ipywidgets
 from fastcore.basics import patch
 from IPython import get_ipython
-from .widgets import Panel, Window, answer_now
+from .view import answer_now
+from .widgets import Panel, Window
 
 # %% ../../nbs/lab/20_controls.ipynb #6b3baa4c
 def in_kernel() -> bool:
@@ -111,7 +112,6 @@ class LivePanel(Panel):
         self.stop_button = _hidden_button('stop')
         self.status = ipywidgets.HTML()
         super().__init__(window, [self.pause_button, self.stop_button, self.status], *rows)
-        self.add_class('kshot-live')
         self.pause_button.on_click(lambda _: self._toggle_pause())
         self.stop_button.on_click(lambda _: self._stop())
         window.observe(lambda _: self.refresh(), 'width')
@@ -166,7 +166,7 @@ def report(self:LivePanel,
     if trouble is not None: self.trouble = trouble
     if done is not None: self.done = done
     lines = [f'{_bar(self.done)}&ensp;{self.done:.0%}&ensp;{escape(self.message)}']
-    if self.window.is_held: lines[0] += '; the figure holds still under the pointer'
+    if self.is_running and self.window.is_held: lines[0] += '; the figure holds still under the pointer'
     if self.trouble: lines.append(f'<span style="color: #D55E00">{escape(self.trouble)}</span>')
     self.status.value = '<br>'.join(lines)
 
@@ -178,6 +178,7 @@ def start(self:LivePanel,
 ):
     "Show that work starts, perhaps again."
     self.is_running = True
+    self.add_class('kshot-live') # figures hold still under the pointer
     self.can_stop = can_stop
     self.stop_label = stop_label
     self.trouble = ''
@@ -190,6 +191,7 @@ def end(self:LivePanel,
 ):
     "Show how the work ended, and disable the buttons."
     self.is_running = False
+    self.remove_class('kshot-live')
     self.report(message)
     self.refresh()
 

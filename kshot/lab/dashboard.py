@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from ..figures import plot_protocol, plot_rank, plot_top_tau
 from ..figures.look import label_of, scorer_labels
 from ..figures.page import table_html
-from .widgets import HalfView, Panel, View, Window, columns
+from .view import View
+from .widgets import Panel, Window, columns
 from ..rank import align_scores, brief, measure_of, rank_scores, scorers_of, top_tau
 
 # %% ../../nbs/lab/45_dashboard.ipynb #ef911808
@@ -68,9 +69,9 @@ class RankDashboard(Panel):
         self._measure(seeds)
         self.seconds = time.perf_counter()-start
         self.window = Window()
-        self.scatter = HalfView(self.window)
-        self.bars = HalfView(self.window)
-        self.line = View(self.window)
+        self.scatter = View()
+        self.bars = View()
+        self.line = View()
         self._controls()
         figures = columns([self.scatter], [self.bars])
         runs = [self.run]*(len(self.runs) > 1)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import ipywidgets, numpy as np, traitlets
 from fastcore.basics import patch
 from ..figures import draw_path, plot_code
-from .widgets import Panel, View, Window
+from .view import View
+from .widgets import Panel, Window
 from ..space import Block, Path, Space
 
 # %% ../../nbs/lab/30_explore.ipynb #a6f8e338
@@ -156,8 +157,8 @@ def _rows(self:CodeExplorer) -> list:
     self.facts = ipywidgets.HTML()
     self.near = ipywidgets.Select(rows=6, layout=dict(width='auto'))
     self.near.observe(self._go_to, 'value')
-    self.code_view = View(self.window, click=self._click, hover=self._hover, unhover=self._unhover)
-    self.path_view = View(self.window)
+    self.code_view = View(click=self._click, hover=self._hover, unhover=self._unhover)
+    self.path_view = View()
     selectors = [_named(b, w) for b,w in zip(self.space.blocks, self.ops)]
     near = [ipywidgets.Label('Nearest codes'), self.near]
     if self.is_small: top = [[_column(*selectors), _column(self.facts, *near)]]
@@ -280,22 +281,21 @@ def _set_controls(self:CodeExplorer, near:list):
 
 # %% ../../nbs/lab/30_explore.ipynb #1c8413e2
 @patch
-def _path_at(self:CodeExplorer, trace, points) -> Path|None:
-    if trace.name != 'paths' or not points.point_inds: return None
-    return self.paths[int(trace.customdata[points.point_inds[0]])]
+def _path_at(self:CodeExplorer, point:dict) -> Path|None:
+    return self.paths[int(point['customdata'])] if point['trace'] == 'paths' else None
 
 @patch
-def _click(self:CodeExplorer, trace, points, state):
-    path = self._path_at(trace, points)
+def _click(self:CodeExplorer, point:dict):
+    path = self._path_at(point)
     if path is not None: self.go(path)
 
 @patch
-def _hover(self:CodeExplorer, trace, points, state):
-    path = self._path_at(trace, points)
+def _hover(self:CodeExplorer, point:dict):
+    path = self._path_at(point)
     if path is None: return
     title = f'Under the pointer: {self.space.format(path)}'
     self.path_view.show(draw_path(self.space, path, title=title))
 
 @patch
-def _unhover(self:CodeExplorer, trace, points, state):
+def _unhover(self:CodeExplorer, _):
     self.path_view.show(draw_path(self.space, self.path))

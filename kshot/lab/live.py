@@ -21,7 +21,8 @@ from ..evaluate import score_path
 from ..figures import plot_live
 from ..figures.runs import live_note
 from .controls import TimeBudget, Guard, LivePanel, Switch, in_kernel
-from .widgets import View, Window, answer_now
+from .view import View
+from .widgets import Window
 from ..rank import kendall_tau
 from ..simplex import code_stats
 from ..space import Path
@@ -56,9 +57,8 @@ class LiveCallback(Callback):
     def open(self) -> LivePanel:
         "Return the panel, made on the first call; a fit in a notebook displays it."
         if self.panel is None:
-            window = Window()
-            self.view = View(window)
-            self.panel = LivePanel(self.switch, window, self.view)
+            self.view = View()
+            self.panel = LivePanel(self.switch, Window(), self.view)
         return self.panel
 
 # %% ../../nbs/lab/50_live.ipynb #7e295b5d
@@ -152,7 +152,6 @@ def _show_panel(self:LiveCallback):
     if self.panel is None: return
     self.panel.start(world().size == 1, 'Stop and save' if self._checkpoint else 'Stop')
     self._try('drawing', lambda: self.view.show(plot_live([self.blank], note=False)))
-    answer_now(self.view.widget)
 
 @patch
 def _price_of_a_look(self:LiveCallback) -> float: # seconds
@@ -291,7 +290,6 @@ def _look(self:LiveCallback):
 def _drawing(self:LiveCallback):
     self._hide_bar()
     self.view.update(lambda fig: plot_live([self.blank, *self.log], fig, note=False))
-    answer_now(self.view.widget)
 
 # %% ../../nbs/lab/50_live.ipynb #993f9683
 @patch

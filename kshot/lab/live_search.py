@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from IPython.display import display
 from ..figures import draw_path, plot_pareto
 from .controls import TimeBudget, Guard, LivePanel, Switch, in_kernel
-from .widgets import View, Window, answer_now
+from .view import View, answer_now
+from .widgets import Window
 from ..search import Search, watching
 from ..space import Path
 
@@ -55,16 +56,15 @@ def open(self:LiveSearch) -> LivePanel:
 
 @patch
 def _make_panel(self:LiveSearch):
-    window = Window()
-    self.front = View(window, click=self._click)
-    self.diagram = View(window) # of the path in view
+    self.front = View(click=self._click)
+    self.diagram = View() # of the path in view
     self.costs = ipywidgets.Dropdown(description='against', style=dict(description_width='initial'))
     self.costs.layout = dict(width='220px', display='none')
     self.extract = ipywidgets.Button(description='Extract', icon='download')
     self.extract.layout = dict(width='auto', display='none')
     self.facts = ipywidgets.HTML()
     rows = [self.costs], self.front, [self.extract, self.facts], self.diagram
-    self.panel = LivePanel(self.switch, window, *rows, stop_messages=('stopping after this path',))
+    self.panel = LivePanel(self.switch, Window(), *rows, stop_messages=('stopping after this path',))
     self.costs.observe(lambda _: self._redraw(), 'value')
     self.extract.on_click(lambda _: self._request())
 
@@ -166,12 +166,12 @@ def _look(self:LiveSearch):
 
 # %% ../../nbs/lab/60_live_search.ipynb #8e263a41
 @patch
-def _redraw(self:LiveSearch):
+def _redraw(self:LiveSearch, is_answer:bool=False):
     if not self.search or 'drawing' in self.guard.off: return
-    with self.lock: self.guard('drawing', self._draw, self.panel)
+    with self.lock: self.guard('drawing', lambda: self._draw(is_answer), self.panel)
 
 @patch
-def _draw(self:LiveSearch):
+def _draw(self:LiveSearch, is_answer:bool): # to a click
     s = self.search
     cost = self.costs.value
     name = self.path and s.space.format(self.path)
@@ -179,8 +179,9 @@ def _draw(self:LiveSearch):
     if len(row): self._show_path(name, row.iloc[0])
     label = 'chosen' if self.is_chosen else 'best so far'
     budget = s.budgets.get(cost)
-    self.front.show(plot_pareto(self.frame, cost, 'score', budget, name, 'trial', label))
-    answer_now(self.front.widget, self.costs, self.extract)
+    fig = plot_pareto(self.frame, cost, 'score', budget, name, 'trial', label)
+    self.front.show(fig, is_answer)
+    answer_now(self.costs, self.extract)
 
 # %% ../../nbs/lab/60_live_search.ipynb #1583ed20
 _TAKEN = '&ensp;is now <code>.subnet</code>'
@@ -205,12 +206,12 @@ def choose(self:LiveSearch,
     with self.lock:
         self.path = path
         self.is_chosen = True
-        self._redraw()
+        self._redraw(is_answer=True)
 
 @patch
-def _click(self:LiveSearch, trace, points, state):
-    if trace.name != 'paths' or not points.point_inds or not self.search: return
-    self.choose(self.search.space.parse(trace.text[points.point_inds[0]]))
+def _click(self:LiveSearch, point:dict):
+    if point['trace'] != 'paths' or not self.search: return
+    self.choose(self.search.space.parse(point['text']))
 
 @patch
 def _request(self:LiveSearch):
