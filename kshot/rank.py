@@ -6,7 +6,7 @@
 __all__ = ['Reading', 'BY', 'ranks', 'kendall_tau', 'spearman', 'sparse_kendall_tau', 'true_top', 'top_tau', 'top_k_regret',
            'precision_at_k', 'surpass_random', 'search_performance', 'bootstrap_ci', 'seed_ceiling', 'metrics',
            'protocol', 'measure_of', 'mean_ranks', 'scorers_of', 'run_of', 'brief', 'align_scores', 'rank_scores',
-           'over_seeds']
+           'over_seeds', 'paired_gain']
 
 # %% ../nbs/60_rank.ipynb #960f093d
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -391,3 +391,21 @@ def over_seeds(
     mean = runs.mean().assign(low=runs.low.min(), high=runs.high.max())
     std = runs.std().drop(columns=['low', 'high']).add_suffix('_std') # NaN for a single seed
     return pd.concat([runs.size().rename('n_seeds'), mean, std], axis=1).reset_index()
+
+# %% ../nbs/60_rank.ipynb #60c18002
+def paired_gain(
+    ours:pd.Series,   # index: seeds; a metric of each run
+    theirs:pd.Series, # with some of the same seeds
+    level:float=.95,  # of the interval
+) -> dict[str, float]: # gain, low, high, n_seeds; no interval (NaN) of a single seed
+    "Return the mean difference over common seeds; `ValueError` if there are none, or twice the same."
+    for runs in (ours, theirs):
+        if not runs.index.is_unique: raise ValueError(f'seeds {list(runs.index)}, expected each once')
+    differences = (ours - theirs).dropna()
+    n = len(differences)
+    if not n:
+        seeds = f'{list(ours.index)} and {list(theirs.index)}'
+        raise ValueError(f'seeds {seeds}, expected some in common')
+    gain = differences.mean()
+    reach = stats.t.ppf((1+level)/2, n-1)*differences.sem() if n > 1 else np.nan
+    return dict(gain=gain, low=gain-reach, high=gain+reach, n_seeds=n)

@@ -67,7 +67,7 @@ def picks(scores:Scores, table, n:int, n_refine:int, seed:int) -> dict[str, list
         best[name] = searched(scores, n_equal, algorithm, seed).frame().path[:1].tolist()
     best['exhaustive'] = [scores.space.format(max(scores.space, key=scores))]
     alone = table.frame[table.frame.split == 'valid'].pivot(index='path', columns='seed', values='loss')
-    data = get_data(scores.benchmark.data or scores.config.space)
+    data = get_data(scores.benchmark.data or scores.config.data)
     of_training = 3*data.train.bs*len(data.train)*int(table.frame.epochs.max()) + of_path
     m = max(1, extra//of_training)
     best['alone_equal'] = [alone.loc[top[:m], s].idxmin() for s in alone]
