@@ -24,7 +24,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
 
 demo: $(READY) ## train, rank, search and retrain on digits, and write runs/demo/report.html
-	@$(BIN)/kshot_demo $(ARGS)
+	@$(BIN)/kshot demo $(ARGS)
 
 test: $(READY) ## tests: the notebooks, then tests/; FLAGS="slow cuda" adds the slow ones and those of a GPU
 	@$(TEST) PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --do_print --timing --flags "$(FLAGS)" $(if $(BROWSER),--skip_file_re '^([_.]|quickstart)') 2>&1 | tee $(LOG)
@@ -34,7 +34,7 @@ lab: $(READY) ## JupyterLab on the quickstart
 	@$(BIN)/jupyter lab --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/tutorials/quickstart.ipynb $(ARGS)
 
 bench: $(READY) ## what K supernets cost beside one
-	@$(BIN)/kshot_bench $(ARGS)
+	@$(BIN)/kshot bench $(ARGS)
 
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py

@@ -21,11 +21,11 @@ from .base.distributed import World, agree, distributed, is_first
 from .checkpoint import CheckpointCallback, check_tensors, checkpoints, load_model, load_newest
 from .checkpoint import load_weights, plain_errors
 from .benchmark import get_benchmark
-from .networks import Sharing
 from .config import Config, cost_of, make_codes, make_learner, schedule_of, space_of
 from .evaluate import score_paths
-from .record import add_result, check_free, environment, has_run, lock_run
-from .record import read_config, read_run, write_run
+from .folders import check_free, read_run
+from .record import add_result, environment, has_run, lock_run, read_config, write_run
+from .settings import Sharing
 from .tables import write_parquet
 from .train import Learner
 

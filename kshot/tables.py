@@ -113,7 +113,7 @@ def read_table(
     except (OSError, ValueError) as e:
         raise ValueError(f'{label} cannot be read: {str(e).splitlines()[0]}') from e
     if not _is_info(info):
-        raise ValueError(f'{label} is not a table of kshot: kshot_tables import makes one of it')
+        raise ValueError(f'{label} is not a table of kshot: kshot tables import makes one of it')
     missing = [column for column in COLUMNS if column not in parquet.schema_arrow.names]
     if missing: raise ValueError(f'{label} lacks the column {missing[0]!r}')
     sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
@@ -291,7 +291,7 @@ def get_table(
         return import_table(name)
     names = [table['name'] for table in list_tables()]
     can_import = benchmark is not None and benchmark.importers
-    hint = f'; kshot_tables import {name} FILE makes it' if can_import else ''
+    hint = f'; kshot tables import {name} FILE makes it' if can_import else ''
     raise ValueError(f'table {name!r}, expected one of {", ".join(names)} or a .parquet file{hint}')
 
 # %% ../nbs/72_tables.ipynb #72e1a009

@@ -111,7 +111,7 @@ SMALL = '--K 2 --epochs 4 --passes 10 --bs 200'.split()
 def runs(tmp_path_factory):
     "Return a folder of runs with one that two ranks have trained, `whole`."
     runs = tmp_path_factory.mktemp('runs')
-    p = torchrun(2, '-m', 'kshot.cli.launch', 'train', '--runs', runs, '--name', 'whole', *SMALL)
+    p = torchrun(2, '-m', 'kshot', 'train', '--runs', runs, '--name', 'whole', *SMALL)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
     assert out.count('whole: epoch 4') == 1
@@ -134,7 +134,7 @@ TRAIN_FROZEN = FROZEN + 'from kshot.cli.launch import train; train(sys.argv[1:])
 @pytest.mark.parametrize('rank,n_resumed', [(1, 2), (0, 1)])
 def test_a_killed_rank_ends_the_job_and_resuming_repairs_it(runs, rank, n_resumed):
     name, whole = f'killed_{rank}', 'whole'
-    code, start = command('train'), ['-m', 'kshot.cli.launch', 'train']
+    code, start = command('train'), ['-m', 'kshot', 'train']
     if n_resumed == 1: # has other batches than two: equal only without statistics of a batch
         code, start, whole = TRAIN_FROZEN, ['-c', TRAIN_FROZEN], 'whole_frozen'
         end, _, err = call_ranks(2, code, '--runs', runs, '--name', whole, *SMALL)
@@ -142,11 +142,11 @@ def test_a_killed_rank_ends_the_job_and_resuming_repairs_it(runs, rank, n_resume
     p = torchrun(2, *start, '--runs', runs, '--name', name, *SMALL)
     err = kill_after_two_epochs(p, rank, runs/name)
     assert p.returncode
-    other = f'kshot_train (rank {1-rank}): rank {1-rank} of 2'
+    other = f'kshot train (rank {1-rank}): rank {1-rank} of 2'
     endings = f'{other} has lost another process', f'{other} was told to stop'
     assert any(line.startswith(endings) for line in err.splitlines()), err
-    again = f'-m kshot.cli.launch train --name {name} --runs {runs} --resume'
-    assert f'to go on: as before, {again}' in err
+    again = f'-m kshot train {name} --runs {runs} --resume'
+    assert f'to resume: as before, {again}' in err
     assert not (runs/name/'checkpoint/epoch_00004.safetensors').exists()
     end, _, err = call_ranks(n_resumed, code, '--runs', runs, '--name', name, '--resume')
     assert end == 0, err
@@ -229,18 +229,18 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path):
     code, out, err = launch(2, 'train', '--runs', tmp_path, '--bs', 101)
     assert code and 'Traceback' not in err
     message = 'batch size 101 for 2 ranks, expected a multiple of 2'
-    assert lines(err, 'kshot_train (rank 0): ')[0].endswith(message)
+    assert lines(err, 'kshot train (rank 0): ')[0].endswith(message)
     assert not list(tmp_path.rglob('*'))
 
 def test_accelerate_starts_as_many_as_were_asked_for(tmp_path):
     accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '2',
                   '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
                   '--main_process_port', str(free_port())]
-    argv = ['-m', 'kshot.cli.launch', 'train', '--runs', str(tmp_path), *SMALL]
+    argv = ['-m', 'kshot', 'train', '--runs', str(tmp_path), *SMALL]
     options = dict(capture_output=True, text=True)
     done = subprocess.run([*accelerate, '--cpu', *argv], env=ENV, **options)
     assert done.returncode and not list(tmp_path.rglob('*'))
-    assert 'kshot_train: 1 process started, expected 2 as asked of the launcher' in done.stderr
+    assert 'kshot train: 1 process started, expected 2 as asked of the launcher' in done.stderr
     env = ENV | dict(ACCELERATE_USE_CPU='true')
     done = subprocess.run([*accelerate, '--multi_gpu', *argv], env=env, **options)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"`kshot_doctor` where something is broken: it must answer, and name what to do."
+"`kshot doctor` where something is broken: it must answer, and name what to do."
 import json
 import os
 import subprocess
@@ -88,7 +88,7 @@ def test_data(monkeypatch, tmp_path):
     assert findings['table digits'].state == 'ok'
     assert findings['KSHOT_DATA'].state == findings['cifar10'].state == 'less'
     assert findings['table mine'].state == 'less' and 'mine.parquet' in findings['table mine'].do
-    assert 'kshot_tables import nb201' in findings['table nb201'].do
+    assert 'kshot tables import nb201' in findings['table nb201'].do
 
 def test_data_that_can_be_imported(monkeypatch, tmp_path):
     monkeypatch.setenv('KSHOT_HOME', str(tmp_path))

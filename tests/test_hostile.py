@@ -135,7 +135,7 @@ WATCH = """
 import json, os, site, sys, sysconfig
 from pathlib import Path
 work, home = Path(sys.argv[1]), Path(sys.argv[2])
-import kshot.cli.launch, kshot.studies.study, torch
+import kshot.cli.main, kshot.cli.work, kshot.studies.study, torch
 torch.set_num_threads(1)
 folders = [*site.getsitepackages(), *sysconfig.get_paths().values()]
 folders += [Path(kshot.__file__).parent, sys.base_prefix]
@@ -167,9 +167,8 @@ def hook(event, args):
 sys.addaudithook(hook)
 codes = []
 for command,*argv in json.loads(sys.argv[3]):
-    f = kshot.studies.study.study if command == 'study' else getattr(kshot.cli.launch, command)
     try:
-        f(argv)
+        kshot.cli.main.main([command, *argv])
         codes.append(0)
     except SystemExit as e: codes.append(e.code)
 watches[0] = False

@@ -53,7 +53,8 @@ def place_of(
 
 ROOMS = {room_of(p): p for p in sorted(NBS.rglob('[0-9]*.ipynb'))} # module -> its notebook
 ROOMS[INDEX] = ROOMS.pop('figures.index')
-MODULES = sorted([LIB/'figures'/'__init__.py', *(p for p in LIB.rglob('*.py') if p.name[0] != '_')])
+MODULES = sorted([LIB/'figures'/'__init__.py', LIB/'__main__.py',
+                  *(p for p in LIB.rglob('*.py') if p.name[0] != '_')])
 
 def is_hidden(fname:Path) -> bool: return any(part[0] in '._' for part in fname.relative_to(NBS).parts)
 

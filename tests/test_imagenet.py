@@ -102,7 +102,7 @@ def test_codes_tell_widths_apart(runs):
 @pytest.fixture(scope='module')
 def found(runs):
     "What two processes have found in one search."
-    args = ['--n_paths', 12, '--macs', BUDGET, '--n_calibration', 2, '--json']
+    args = ['--n_paths', 12, '--max_macs', BUDGET, '--n_calibration', 2, '--json']
     code, out, err = launch(2, 'search', '--runs', runs, '--name', 'net', *args)
     assert code == 0, err
     return json.loads(out.splitlines()[-1])

@@ -21,10 +21,9 @@ from conftest import ROOT
 from processes import Fork, command
 
 from kshot.checkpoint import load_newest
-from kshot.cli import bench, doctor, launch
+from kshot.cli import demo, launch, main
 from kshot.cli.command import EXIT_CODES
 from kshot.config import Config, check_config, space_of
-from kshot.studies import study
 
 QUICK = '--K 2 --epochs 5 --passes 2 --bs 200'.split()
 
@@ -59,7 +58,7 @@ def same_tensors(a, b): return set(a) == set(b) and all(a[name].equal(b[name]) f
 def trained(tmp_path_factory):
     "A folder of runs with one finished run, `whole`, by the command as it is installed."
     runs = tmp_path_factory.mktemp('runs')
-    argv = [Path(sys.executable).with_name('kshot_train'), '--runs', runs, '--name', 'whole', *QUICK]
+    argv = [Path(sys.executable).with_name('kshot'), 'train', '--runs', runs, '--name', 'whole', *QUICK]
     env = os.environ | dict(OMP_NUM_THREADS='1')
     done = subprocess.run(argv, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -83,7 +82,7 @@ def test_interrupted_training_ends_like_an_undisturbed_one(trained, number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -9)
     if number == signal.SIGINT:
-        assert f'to go on: kshot_train --name {name} --runs {trained} --resume' in err
+        assert f'to resume: kshot train {name} --runs {trained} --resume' in err
         assert 'Traceback' not in err
     code, out, err = call('train', '--runs', trained, '--name', name, '--resume')
     assert code == 0, err
@@ -101,7 +100,7 @@ def test_rank(trained):
     assert set(last_json(out)) == scorers_of('supernet')
 
 def test_search_goes_on_and_retrain_takes_its_path(trained):
-    argv = ['--runs', trained, '--name', 'whole', '--algorithm', 'random', '--macs', 500_000, '--json']
+    argv = ['--runs', trained, '--name', 'whole', '--algorithm', 'random', '--max_macs', 500_000, '--json']
     code, out, err = call('search', *argv, '--n_paths', 5)
     assert code == 0, err
     first = last_json(out)
@@ -116,20 +115,20 @@ BAD_NAMES = [
     (launch.train, ['--resume'], 'holds no run'),
     (launch.train, ['--name', ''], "name '', expected that of a folder below"),
     (launch.rank, ['--name', '../x'], "name '../x'"),
-    (launch.demo, ['--name', 'caf\udce9'], 'expected UTF-8'),
+    (demo.demo, ['--name', 'caf\udce9'], 'expected UTF-8'),
     (launch.search, [], 'holds no run'),
     (launch.retrain, [], 'holds no run'),
     (launch.export, [], 'holds no')]
 
 BAD_VALUES = [
-    (launch.train, ['--K', 0], 'kshot_train: K=0, expected at least 1'),
+    (launch.train, ['--K', 0], 'kshot train: K=0, expected at least 1'),
     (launch.train, ['--space', 'mars'], "space 'mars', expected"),
     (launch.train, ['--bs', 'many'], "--bs: 'many', expected a whole number"),
     (launch.train, ['--lr', 'high'], "--lr: 'high', expected a number"),
     (launch.train, ['--codes', 'simplx'], "'simplx', expected simplex"),
     (launch.train, ['--max_macs', 'inf'], 'max_macs=inf, expected a number that is finite'),
     (launch.search, ['--algorithm', 'nsga'], "--algorithm: 'nsga', expected"),
-    (launch.search, ['--latency_ms', 5], 'a budget of 5.0 ms, expected also its device'),
+    (launch.search, ['--max_latency', 5], 'a budget of 5.0 ms, expected also its device'),
     (launch.retrain, ['--recipe', 'mid'], "--recipe: 'mid', expected")]
 
 BAD_QUESTIONS = [
@@ -148,7 +147,7 @@ def test_bad_input_is_one_line_and_writes_nothing(f, args, message, tmp_path):
 
 @pytest.mark.parametrize('name, args, message', [
     ('train', QUICK, 'is not empty: resume it or choose another'),
-    ('search', ['--macs', 5], 'macs'),
+    ('search', ['--max_macs', 5], 'macs'),
     ('retrain', ['--path', '01'], 'has 2 ops, expected 4'),
     ('rank', ['--table', 'none'], "table 'none', expected")])
 def test_bad_input_leaves_a_run_as_it_was(name, args, message, trained):
@@ -222,22 +221,15 @@ def test_demo_quick(tmp_path):
 
 # what the console scripts are, and where
 
-ROOMS = dict(demo=launch, train=launch, rank=launch, search=launch, retrain=launch, export=launch,
-             tables=launch, study=study, bench=bench, doctor=doctor)
-
 def parts_of(name) -> dict: # full name -> command
-    "Return the commands that a console script stands for: itself, or its subcommands."
-    f = getattr(ROOMS[name], name)
+    "Return the commands that a name stands for: itself, or its subcommands."
+    f = main.find_command(name)
     parts = getattr(f, 'parts', None)
-    if parts is None: return {f'kshot_{name}': f}
-    return {f'kshot_{name} {part}': g for part,g in parts.items()}
+    if parts is None: return {f'kshot {name}': f}
+    return {f'kshot {name} {part}': g for part,g in parts.items()}
 
 COMMANDS = {}
-for script in ROOMS: COMMANDS |= parts_of(script)
-
-def test_all_console_scripts_are_tested_here():
-    scripts = (ROOT/'settings.ini').read_text().partition('console_scripts')[2].partition('\n\n')[0]
-    assert set(re.findall(r'kshot_(\w+)=', scripts)) == set(ROOMS)
+for command_name in main.ROOMS: COMMANDS |= parts_of(command_name)
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_ends_in_examples_that_can_be_read(name):
@@ -248,7 +240,7 @@ def test_help_ends_in_examples_that_can_be_read(name):
     for argv in f.examples:
         assert f'{name} {argv}'.rstrip() in text
         values = f.parser().parse(shlex.split(argv))
-        if name in ('kshot_train', 'kshot_rank'):
+        if name in ('kshot train', 'kshot rank'):
             config = Config(**{field.name: values[field.name] for field in fields(Config)})
             check_config(config, space_of(config))
 
@@ -256,19 +248,19 @@ def test_help_ends_in_examples_that_can_be_read(name):
 def test_every_word_of_an_example_means_something(name):
     "The empty example shows the defaults, every other one changes them."
     f = COMMANDS[name]
-    if name == 'kshot_tables import': return # its name has no default
+    if name == 'kshot tables import': return # its name has no default
     usual = f.parser().parse([])
     for argv in f.examples: assert (f.parser().parse(shlex.split(argv)) == usual) == (not argv)
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_an_unknown_option_is_one_line(name):
-    args = ['nb201'] if name == 'kshot_tables import' else []
-    line = f"{name}: unknown option '--jsn': did you mean --json?\n"
+    args = ['nb201'] if name == 'kshot tables import' else []
+    line = f"{name}: unknown option '--jsn'; did you mean --json?\n"
     assert call_here(COMMANDS[name], *args, '--jsn') == ('', line, 2)
 
 @pytest.mark.parametrize('name', ['tables', 'bench'])
 def test_a_command_lists_its_subcommands(name):
-    f = getattr(ROOMS[name], name)
+    f = main.find_command(name)
     text, err, code = call_here(f, '--help')
     assert code == 0 and max(map(len, text.splitlines())) <= 80
     for part,g in f.parts.items():

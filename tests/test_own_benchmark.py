@@ -73,10 +73,10 @@ def write_modules(folder):
     (folder/'stripes_ops.py').write_text(OPS)
     return folder
 
-def call(name, folder, *args, module='cli.launch'):
+def call(name, folder, *args):
     "Call a command from a folder, in a process that has imported kshot only."
     env = dict(KSHOT_HOME=str(folder/'home'))
-    return processes.call(command(name, module), *args, env=env, before=[(os.chdir, folder)])
+    return processes.call(command(name), *args, env=env, before=[(os.chdir, folder)])
 
 def result(name, folder, *args, **kwargs) -> dict:
     "Return the JSON of a command that must succeed."
@@ -129,7 +129,7 @@ def test_search_retrain_export(folder):
 def test_a_study_of_it(folder):
     (folder/'study.toml').write_text(f'K = [1]\nseeds = 1\n["{SPACE}"]\nepochs = 1\nvary = {{}}\n')
     argv = 'study.toml', '--name', 'study', '--workers', '1'
-    result('study', folder, *argv, module='studies.study')
+    result('study', folder, *argv)
     row, = (folder/'runs'/'study').glob('stripes_module*')
     measured = json.loads((row/'run.json').read_text())['results']['row']
     assert measured.keys() >= {'tau', 'tau_macs'} # there is a table
@@ -272,7 +272,7 @@ def test_the_folder_is_searched_only_for_a_spelling(tmp_path):
     write_modules(tmp_path)
     for name in ('json', 'torch', 'kshot', 'platform'): (tmp_path/f'{name}.py').write_text(INTRUDER)
     argv = ['--space', SPACE, '--K', '1', '--epochs', '1', '--name', 'run']
-    code = f'import sys; from kshot.cli.command import train; train({argv})'
+    code = f'from kshot.cli.launch import train; train({argv})'
     python = [sys.executable, '-P', '-c', code]
     done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

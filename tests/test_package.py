@@ -26,8 +26,9 @@ SCRIPTS = dict(script.split('=') for script in SETTINGS['console_scripts'].split
 REQUIREMENTS = SETTINGS['requirements'].split()
 # module -> packages that its import must not load
 LIGHT = {'space': ['torch', 'pandas'], 'spaces': ['torch', 'pandas'], 'rank': ['torch'], 'search': ['torch'],
-         'networks': ['fastai'], 'supernet': ['fastai'], 'cli.command': ['torch', 'numpy'],
-         'cli.doctor': ['torch', 'numpy']}
+         'networks': ['fastai'], 'supernet': ['fastai'], 'settings': ['numpy', 'fastcore'],
+         'cli.main': ['torch', 'numpy'], 'cli.launch': ['torch', 'numpy', 'fastcore'],
+         'cli.doctor': ['torch', 'numpy'], 'studies.start': ['torch', 'numpy']}
 
 def run(
     *cmd,          # command and arguments
@@ -179,7 +180,7 @@ def test_annotations_are_true(typed):
 # the wheel alone, at both ends of the versions that it allows
 
 HEAVY = 'torch', 'torchgen', 'functorch', 'triton', 'nvidia', 'cuda*', 'nvidia_*'
-TIMED = 'kshot.space', 'kshot.supernet', 'kshot.train', 'kshot.cli.launch'
+TIMED = 'kshot.space', 'kshot.supernet', 'kshot.train', 'kshot.cli.main', 'kshot.cli.work'
 KINDS = dict(wheel='*.whl', sdist='*.tar.gz')
 
 def seconds(python:Path, module:str, cwd:Path) -> dict:
@@ -241,8 +242,8 @@ def test_library_alone(dist, tmp_path, end):
     if end == 'lowest-direct': check_floors(versions)
     run(python, '-c', import_all(MODULES), cwd=tmp_path)
     for name in SCRIPTS: run(bin/name, '--help', cwd=tmp_path)
-    assert json.loads(run(bin/'kshot_doctor', '--json', cwd=tmp_path))['works']
-    demo = json.loads(run(bin/'kshot_demo', '--quick', '--json', cwd=tmp_path).splitlines()[-1])
+    assert json.loads(run(bin/'kshot', 'doctor', '--json', cwd=tmp_path))['works']
+    demo = json.loads(run(bin/'kshot', 'demo', '--quick', '--json', cwd=tmp_path).splitlines()[-1])
     assert demo['results']['rank']['ceiling']['tau'] > .8
     assert -1 < demo['results']['rank']['kshot']['tau'] < 1
     if fname := os.environ.get('KSHOT_RECORD'):

@@ -1,10 +1,9 @@
 "README.md is nbs/index.ipynb; what it names exists, and what it tells you to type works"
 import re, shlex
-from configparser import ConfigParser
-from importlib import import_module
 
 import numpy as np, pytest, torch
 from conftest import ROOT
+from kshot.cli.main import main
 from kshot.nets.layers import SupernetOnly
 from kshot.networks import Subnet
 from kshot.rank import BY
@@ -16,10 +15,10 @@ MAKE = (ROOT/'Makefile').read_text()
 # 8 updates instead of 6,000: that it runs, not what it reaches
 SMALLER = {'passes=25': 'passes=1', 'fit(30': 'fit(1'}
 SHORT = dict(
-    kshot_rank='--epochs 1 --passes 2 --n_paths 12',
-    kshot_search='--n_paths 4',
-    kshot_retrain='--epochs 1',
-    kshot_export='')
+    rank='--epochs 1 --passes 2 --n_paths 12',
+    search='--n_paths 4',
+    retrain='--epochs 1',
+    export='')
 
 def blocks(
     lang:str, # of a code block
@@ -33,7 +32,7 @@ def test_targets_exist():
     "`make demo` runs what tests/test_launch.py runs with --quick, `make test` runs these tests."
     named = set(re.findall(r'\bmake ([a-z]+)', TEXT))
     assert {'demo', 'test', 'lab'} <= named <= set(re.findall(r'^([a-z]+):', MAKE, re.M))
-    assert re.search(r'^demo:.*\n\t@\$\(BIN\)/kshot_demo', MAKE, re.M)
+    assert re.search(r'^demo:.*\n\t@\$\(BIN\)/kshot demo', MAKE, re.M)
     assert re.search(r'^test:(.*\n\t)+.*-m pytest tests', MAKE, re.M)
 
 def test_links_exist():
@@ -66,15 +65,10 @@ def test_code_runs(capsys):
 def test_commands_run(tmp_path, monkeypatch, capsys):
     "All commands of the second block, one after another, with less of everything."
     _, block = blocks('sh')
-    cfg = ConfigParser(delimiters='=', interpolation=None)
-    cfg.read(ROOT/'settings.ini')
-    scripts = dict(o.split('=') for o in cfg['DEFAULT']['console_scripts'].split())
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert [line[0] for line in lines] == list(SHORT)
+    assert [line[:2] for line in lines] == [['kshot', name] for name in SHORT]
     monkeypatch.chdir(tmp_path)
-    for name,*args in lines:
-        module, func = scripts[name].split(':')
-        getattr(import_module(module), func)([*args, *shlex.split(SHORT[name])])
+    for _,name,*args in lines: main([name, *args, *shlex.split(SHORT[name])])
     made = {p.name for p in (tmp_path/'runs'/'first'/'seed_0').iterdir()}
     subnet = {'subnet.safetensors', 'subnet.pt2', 'subnet.onnx'}
     assert {'run.json', 'report.html', 'search.parquet', *subnet} <= made

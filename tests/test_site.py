@@ -1,7 +1,6 @@
 "The site without Quarto: links, pictures and commands of every page, what Quarto is given, staging"
 import ast, builtins, io, json, os, re, shlex, signal, stat, subprocess, sys
 from collections import Counter
-from configparser import ConfigParser
 from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
@@ -11,6 +10,10 @@ from urllib.parse import unquote, urlsplit
 import nbformat, pytest, yaml
 from conftest import ROOT, copy_tree
 from staged import NO_WIDGET, PLOTLY, WIDGET, convert, main
+
+from kshot.cli.main import ROOMS as COMMANDS
+from kshot.cli.main import find_command
+from kshot.cli.main import main as kshot_main
 
 NBS = ROOT/'nbs'
 
@@ -30,10 +33,6 @@ PAGES = sorted(p for p in NBS.rglob('*.ipynb') if is_page(p))
 ROOMS = {url_of(p): p for p in PAGES if p.name[0].isdigit()}
 TEXTS = [*PAGES, ROOT/'README.md', ROOT/'CHANGELOG.md']
 CFG = yaml.safe_load((ROOT/'_quarto.yml').read_text())
-SETTINGS = ConfigParser(delimiters='=', interpolation=None)
-SETTINGS.read(ROOT/'settings.ini')
-SCRIPTS = dict(o.split('=') for o in SETTINGS['DEFAULT']['console_scripts'].split())
-WITH_SUBCOMMANDS = 'kshot_tables', 'kshot_bench'
 
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)')
 CODE = re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
@@ -192,9 +191,10 @@ def command_in(
     words:list[str], # of a shell line
 ) -> tuple[str, list[str]]|None: # command of the package, its arguments
     "The command of kshot that a line calls, if any."
-    for i,w in enumerate(words):
-        if w == 'kshot.cli.launch' and words[i-1] == '-m': return f'kshot_{words[i+1]}', words[i+2:]
-        if re.fullmatch(r'kshot_\w+', w): return w, words[i+1:]
+    if 'kshot' not in words[:-1]: return None
+    i = words.index('kshot')
+    if i and words[i-1] != '-m' and '=' not in words[i-1]: return None
+    return words[i+1], words[i+2:]
 
 @cache
 def commands() -> list[tuple[str, str, list[str]]]: # page, command, arguments
@@ -205,27 +205,24 @@ def commands() -> list[tuple[str, str, list[str]]]: # page, command, arguments
             lines += [(name(p), line) for line in block.replace('\\\n', ' ').splitlines()]
     out = []
     for page,line in lines:
-        if not re.search(r'kshot_|kshot\.cli\.launch', line): continue
+        if 'kshot' not in line: continue
         calls = [command_in(shlex.split(part, comments=True)) for part in re.split(r'[;|&]+', line)]
         out += [(page, *call) for call in calls if call]
     return out
 
 @cache
 def help_of(
-    command:str, # such as kshot_train
-    *sub:str,    # its subcommand, if it has some
+    *command:str, # such as train, or bench needs
 ) -> str:
     "What `--help` prints."
-    module, func = SCRIPTS[command].split(':')
-    main = getattr(import_module(module), func)
-    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit): main([*sub, '--help'])
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit): kshot_main([*command, '--help'])
     return out.getvalue()
 
 def test_commands_and_their_options_exist():
     assert len(commands()) > 20
     for page,command,args in commands():
-        assert command in SCRIPTS, (page, command)
-        sub = args[:1] if command in WITH_SUBCOMMANDS else []
+        assert command in COMMANDS, (page, command)
+        sub = args[:1] if hasattr(find_command(command), 'parts') else []
         options = [a.partition('=')[0] for a in args if re.match(r'--\w', a)]
         text = help_of(command, *sub)
         unknown = [o for o in options if not re.search(rf'(?<![\w-]){o}(?![\w-])', text)]

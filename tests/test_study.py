@@ -100,7 +100,7 @@ def toml(tmp_path):
 
 def start(runs, *args):
     "Start the command in a process of its own."
-    return Fork(command('study', 'studies.study'), *args, '--name', 's', '--runs', runs, '--json')
+    return Fork(command('study'), *args, '--name', 's', '--runs', runs, '--json')
 
 def finish(process):
     "Wait for the command; return what it printed."

@@ -16,7 +16,7 @@ from helpers.processes import command
 
 from kshot.baselines import baselines
 from kshot.benchmark import get_space
-from kshot.cli.launch import tables
+from kshot.cli.tables import tables
 from kshot.datasets.tfrecord import masked_crc32c
 from kshot.tables import (devices, get_table, import_table, latency, list_tables, read_table,
                           write_table)
@@ -30,7 +30,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(capsys):
-    "`kshot_tables` in this process: exit code, standard output and error."
+    "`kshot tables` in this process: exit code, standard output and error."
     def run(*args):
         capsys.readouterr()
         code = 0
@@ -110,7 +110,7 @@ def test_json_is_alone_on_stdout(home, tmp_path):
     assert result['name'] == 'nats' and result['splits'][0]['paths'] == 120
 
 @pytest.mark.parametrize('args,text', [
-    (['show', 'nb201'], 'expected one of digits, views or a .parquet file; kshot_tables import nb201 FILE'),
+    (['show', 'nb201'], 'expected one of digits, views or a .parquet file; kshot tables import nb201 FILE'),
     (['import', 'cifar', 'x'], "space 'cifar', expected one of digits, views, macro"),
     (['import', 'macro'], 'no source of table macro'),
     (['drop'], "subcommand 'drop', expected list"),
@@ -200,7 +200,7 @@ def test_damaged_source_ends_the_command(make, home, tmp_path, call):
     ran = tmp_path/'ran'
     code, out, err = call('import', *make(tmp_path, ran))
     assert (code, out, err.count('\n')) == (2, '', 1)
-    assert err.startswith('kshot_tables import: ') and DAMAGED[make] in err
+    assert err.startswith('kshot tables import: ') and DAMAGED[make] in err
     assert not home.exists() and not ran.exists()
 
 def test_a_failed_import_keeps_the_table(home, tmp_path):

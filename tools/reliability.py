@@ -53,7 +53,7 @@ def train(folder):
     train_run(CONFIG, folder/'run', resume=is_begun, progress=False)
 
 def search(folder): # of a trained run: two generations, within a budget
-    search_run(folder/'run', 120, 'nsga2', Budget(macs=20_000), n_calibration=1)
+    search_run(folder/'run', 120, 'nsga2', Budget(max_macs=20_000), n_calibration=1)
 
 def study(folder):
     base = dict(space='digits', epochs=2, passes=1, bs=200, channels=4, n_paths=8, n_calibration=1)

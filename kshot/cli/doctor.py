@@ -85,8 +85,8 @@ def check_package(
     return Finding(group, name, 'ok', has)
 
 # %% ../../nbs/cli/40_doctor.ipynb #13fb316a
-_ROOMS = {'cli.launch': 'its commands', 'lab.live': 'the widgets', 'studies.study': 'kshot_study',
-          'cli.bench': 'kshot_bench'}
+_ROOMS = {'cli.work': 'its commands', 'lab.live': 'the widgets', 'studies.study': 'kshot study',
+          'cli.bench': 'kshot bench'}
 
 LAB_PACKAGES = 'jupyterlab', 'ipykernel' # examined under Notebooks
 
@@ -191,7 +191,7 @@ def _tables() -> Iterator[Finding]:
     for row in rows.values(): yield _table(row)
     for name,benchmark in BENCHMARKS.items():
         if not benchmark.importers or name in rows: continue
-        do = f'kshot_tables import {name} FILE'
+        do = f'kshot tables import {name} FILE'
         yield Finding('data', f'table {name}', 'less', 'not found', 'ranking against it', do)
 
 def _table(row:dict) -> Finding: # as `list_tables` returns it
@@ -278,7 +278,7 @@ def look_tools() -> Iterator[Finding]:
     yield _tool('git', 'the commit in the record of a run', 'install git')
     yield _tool('quarto', 'make docs', 'see quarto.org/docs/get-started')
     for name in ('onnx', 'onnxscript'):
-        yield check_package(name, '', 'kshot_export --onnx', 'less', 'tools', imports=False)
+        yield check_package(name, '', 'kshot export --onnx', 'less', 'tools', imports=False)
     lost = 'figures as PNG and PDF (Figure.write_image)'
     if any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))):
         yield check_package('kaleido', '', lost, 'less', 'tools', imports=False)
@@ -362,7 +362,7 @@ def tell(
     if n_less: end += f' {n_less} limitation{_s(n_less)}, marked --.'
     return '\n'.join([*lines, fill(end, 80)])
 
-@command(alone=True, examples={
+@command(alone=True, needs='', examples={
     '': 'check this machine',
     '--json': 'the same for a program, or for a bug report',
     '--runs /scratch/runs': 'can runs be written there?'})

@@ -20,7 +20,7 @@ from ..figures.page import write_report
 from ..gaps import Gaps
 from ..figures.runs import rung_columns
 from ..rank import align_scores, brief, measure_of, rank_scores
-from ..record import read_run
+from ..folders import read_run
 from ..runs import load_codes
 from ..space import Path, Space
 from ..tables import get_truth

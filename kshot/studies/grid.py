@@ -22,7 +22,7 @@ from ..sampler import get_sampler
 # %% ../../nbs/studies/10_grid.ipynb #eba6f39d
 @dataclass(frozen=True)
 class Scoring:
-    "How the paths of a row are scored, as in `kshot_rank`."
+    "How the paths of a row are scored, as in `kshot rank`."
     n_calibration:int=4        # batches that recalibrate batch norms; 0: each batch's own statistics
     n_paths:int=200            # paths to score; 0: all
     table:str|None=None        # of stand-alone accuracies; None: that of the space

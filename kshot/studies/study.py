@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'Metric', 'ranking', 'measure', 'run_row', 'study_rows', 'begin_study', 'collect', 'queue', 'work',
-           'run_study', 'report_study', 'study']
+           'run_study', 'report_study', 'finish_study']
 
 # %% ../../nbs/studies/30_study.ipynb #3d2eb5be
 import json, math, re, signal, sys, time
@@ -18,24 +18,24 @@ import numpy as np
 import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
-from ..base.distributed import world
 from ..base.files import locked, n_cores, write_json
+from ..base.options import check_option
 from ..benchmark import get_benchmark
 from ..checkpoint import TrainingStopped
-from ..cli.command import command
-from ..cli.launch import run_folder, set_threads
+from ..cli.work import set_threads
 from ..config import Config, space_of
 from ..evaluate import score_columns
 from ..figures import plot_effects, plot_heuristic, plot_metrics
 from ..figures.effects import effects_table
 from ..figures.page import write_report
 from ..rank import BY, kendall_tau, measure_of, metrics, scorers_of, seed_ceiling, sparse_kendall_tau
-from ..record import add_result, check_links, environment, read_run, write_run
+from ..folders import check_links, read_run
+from ..record import add_result, environment, write_run
 from ..runs import ensure_trained, score_run
 from ..search import Search, make_search
 from ..space import Block, Space
 from .effects import effects, flips
-from .grid import Row, Scoring, read_study, split_settings
+from .grid import Row, Scoring, split_settings
 from ..standalone import end_with_parent
 from ..tables import get_table, get_truth, has_table, reference, write_parquet
 
@@ -187,7 +187,7 @@ def begin_study(
             if new != old:
                 difference = f'{old.name} with {old.settings}, expected {new and new.settings}'
                 place = f'folder {str(folder)!r} holds a study of {difference}'
-                raise ValueError(f'{place}: choose another --name')
+                raise ValueError(f'{place}: choose another name')
         write_json(folder/'study.json', rows)
 
 # %% ../../nbs/studies/30_study.ipynb #5d831cc7
@@ -227,7 +227,7 @@ def queue(
 def work(
     folder:FilePath,     # of a study
     progress:bool=False, # show a progress bar?
-    threads:int=0,       # of torch; 0: as in `kshot_train`, by the first row
+    threads:int=0,       # of torch; 0: as in `kshot train`, by the first row
 ):
     "Run rows of a study until each is done or held by another worker."
     rows = study_rows(folder)
@@ -321,24 +321,14 @@ def _paired(frame:pd.DataFrame) -> pd.DataFrame: # without rows whose baseline i
     return frame.merge(frame[frame.heuristic == 'baseline'][keys], on=keys)
 
 # %% ../../nbs/studies/30_study.ipynb #e5f80008
-@command(n_places=1, examples={
-    'digits --name heuristics --workers 2': 'all heuristics for digits, in two processes',
-    'lr.toml --name lr': 'the study in a TOML file',
-    '--name heuristics --resume': 'resume it, or join in from another machine'})
-def study(
-    source:str='digits', # TOML file, or a space: its usual training and the 14 heuristics
-    name:str='study',    # name of the study; its folder is RUNS/NAME
-    runs:FilePath=FilePath('runs'), # folder of runs
-    resume:bool=False,   # resume or join the study in the folder, with its own rows
-    workers:int=0,       # processes on this machine; 0: one per GPU, or else per core
+def finish_study(
+    rows:list[Row],  # of `make_rows` or `read_study`
+    folder:FilePath, # of the study
+    workers:int=0,   # processes, as in `run_study`
     metric:Metric='tau_loss', # metric whose effects are reported
-):
-    "Train, score and rank every row of a study; repeat the command to resume."
-    folder = run_folder(runs, name)
-    n = world().size
-    if n > 1:
-        raise ValueError(f'{n} processes for study, expected one: its own --workers share the rows')
-    rows = study_rows(folder) if resume else read_study(source)
+) -> tuple[dict, str, int]: # what came out, as text, and 1 if no row has a result
+    "Run or resume a study, and report the effects; raise `ValueError` as `run_study` does."
+    check_option('metric', metric, Metric)
     frame = run_study(rows, folder, workers)
     n_rows = len(study_rows(folder))
     n_failed = int(frame.error.notna().sum())

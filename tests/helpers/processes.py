@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 CONTEXT = get_context('forkserver')
-CONTEXT.set_forkserver_preload(['kshot.cli.launch', 'kshot.studies.study', 'kshot.cli.bench'])
+CONTEXT.set_forkserver_preload(['kshot.cli.work', 'kshot.studies.study', 'kshot.cli.bench'])
 
 @atexit.register
 def kill_leftovers(): # of a failed test: Python would wait for them
@@ -71,9 +71,9 @@ class Fork:
         self.wait(timeout)
         return self.read()
 
-def command(name, module='cli.launch') -> str:
+def command(name) -> str:
     "Return code that runs a console command."
-    return f'import sys; from kshot.{module} import {name}; sys.exit({name}())'
+    return f'import sys; from kshot.cli.main import main; sys.exit(main([{name!r}, *sys.argv[1:]]))'
 
 def call(code, *args, **kwargs) -> tuple[int, str, str]: # exit code, standard output, standard error
     "Run code in a process and wait for it."
