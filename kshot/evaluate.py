@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .base.distributed import average_, mean, world
 from .base.inputs import Input, map_tensors, n_rows, tensors_in
+from .base.threads import threads_for
 from .data import pairs
 from . import networks
 from .lending import is_torchs_norm, running_stats
@@ -351,10 +352,14 @@ def score_path(
     metric:Any=None,   # as there
 ) -> Scores:
     "Return the scores of one path in a supernet; `ValueError` as in `accuracy_loss`."
-    weights, = supernet.weights([path], code[None])
-    forward = calibrated_forward(supernet, path, weights, calibration, is_sharded)
     on_device = pairs(batches, next(supernet.parameters()).device)
-    return accuracy_loss(forward, on_device, is_sharded, loss_func, metric)
+    with threads_for(_first_input(batches)):
+        weights, = supernet.weights([path], code[None])
+        forward = calibrated_forward(supernet, path, weights, calibration, is_sharded)
+        return accuracy_loss(forward, on_device, is_sharded, loss_func, metric)
+
+def _first_input(batches:Batches) -> Input: # (): it is not at hand
+    return batches[0][0] if isinstance(batches, list) and batches else ()
 
 @torch.no_grad()
 def calibrated_subnet(
@@ -465,7 +470,8 @@ def score_paths(
     def score(path, code):
         return score_path(supernet, path, code, batches, calibration, is_sharded, **own)
     is_bf16 = bf16 or supernet.bf16
-    with evaluating(supernet), torch.autocast(all_codes.device.type, torch.bfloat16, is_bf16):
+    bf16_where_safe = torch.autocast(all_codes.device.type, torch.bfloat16, is_bf16)
+    with evaluating(supernet), bf16_where_safe, threads_for(_first_input(batches)):
         if is_tree: scores = score_chain(supernet, paths, batches, calibration, **own)
         else: scores = {path: score(path, code) for path,code in zip(paths, all_codes)}
     names = [space.format(p) for p in paths]

@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .base.inputs import Input
+from .base.threads import threads_for
 from .data import pairs
 from .evaluate import Batches, accuracy_loss, calibrated_forward, evaluating
 from .space import Path
@@ -86,7 +87,8 @@ def run(self:FineTuning,
         raise ValueError(f'{n_steps} steps after {self.n_done}, '
                          f'expected 0 to {len(self.batches)-self.n_done}: one a batch')
     loss_func = self.loss_func or ClassLoss(label_smoothing=.1)
-    with evaluating(self.supernet), torch.enable_grad(), _forked_rng():
+    threads = threads_for(self.batches[0][0] if self.batches else ())
+    with evaluating(self.supernet), torch.enable_grad(), _forked_rng(), threads:
         self.supernet.train()
         for x,y in pairs(self.batches[self.n_done:end], self.device):
             torch.manual_seed(self.seed + self.n_done) # the same, in however many calls

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .average import decay_at
 from .base.distributed import agree, average_, average_stats, gather, is_first, world
 from .base.inputs import Input, n_rows
+from .base.threads import keep_threads
 from .evaluate import accuracy_loss
 from .settings import RecipeName
 from .checkpoint import (all_tensors, broken_images, check_run, check_tensors, checkpoints,
@@ -390,6 +391,7 @@ def retrain(
         if not progress: stack.enter_context(learn.no_bar())
         stack.enter_context(learn.no_logging())
         stack.enter_context(plain_errors())
+        stack.enter_context(keep_threads())
         learn.fit(recipe.epochs, cbs=[InputsCallback(), follow, keep, SkipValidation(), *cbs])
     module.eval()
     return Retrained(keep.log, follow.average and follow.average.module)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from .average import AverageCallback
 from .base.distributed import agree, average_, average_stats, world
 from .base.inputs import Input, join_rows, map_tensors, n_rows
+from .base.threads import choose_threads, keep_threads
 from .cost import Cost
 from .sampler import UniformSampler, get_sampler
 from .nets.sharing import drop_paths_of, set_drop_path
@@ -145,9 +146,10 @@ def check_loaders(
     if not n_batches: raise ValueError('a training loader without batches, expected at least one')
 
 class InputsCallback(Callback):
-    "Hand several inputs of a batch to a network as one tuple."
+    "Hand several inputs of a batch to a network as one tuple, with one thread if they are small."
     order = 4 # after callbacks that change inputs, such as `MixUp`
     def before_batch(self):
+        if not self.iter: choose_threads(self.xb)
         if len(self.xb) > 1: self.learn.xb = (tuple(self.xb),)
 
 # %% ../nbs/50_train.ipynb #5a7d1640
@@ -169,10 +171,11 @@ def train_alone(
     learn = Learner(dls, net, loss_func, opt_func, lr, by_decay, InputsCallback(), metrics)
     learn.recorder.smooth_loss = LocalLoss()
     schedule = cosine(lr, .15)
-    if progress:
-        learn.fit(epochs, cbs=schedule)
-        return learn
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=[schedule, SkipValidation()])
+    with keep_threads():
+        if progress: learn.fit(epochs, cbs=schedule)
+        else:
+            cbs = [schedule, SkipValidation()]
+            with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=cbs)
     return learn
 
 # %% ../nbs/50_train.ipynb #113b4c12
@@ -509,6 +512,11 @@ class KShotLearner(Learner):
             raise ValueError(f'a batch that is a dict of {", ".join(map(str, batch))}, '
                              'expected a collate_fn that returns inputs and targets')
         super()._split(batch)
+        if not self.iter: choose_threads(self.xb)
+
+    def fit(self, *args, **kwargs):
+        "Fit as fastai does, with one thread if the inputs are small."
+        with keep_threads(): super().fit(*args, **kwargs)
 
     def freeze_to(self, n):
         "Do nothing for 0, which unfreezes all; `ValueError` for any other group."
