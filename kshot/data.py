@@ -10,20 +10,19 @@ __all__ = ['Splits', 'DATA', 'TensorLoader', 'move', 'crop_and_flip', 'split_cla
 # %% ../nbs/45_data.ipynb #81d1af31
 import copy, sys, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from functools import partial
 from inspect import signature
 from itertools import islice
 import numpy as np
 import torch
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 from .base.distributed import World
 from .base.inputs import Input, map_tensors, n_rows, shapes_of, tensors_in
+from .base.progress import counted
 from .datasets.folder import IMAGENET_STATS, Augment, FileLoader
 from .datasets.folder import check_batches, folder_splits, to_floats
 from .datasets.images import IMAGE_SETS, data_folder, read_images
@@ -424,13 +423,11 @@ def _read(dl:FileLoader) -> TensorLoader:
     x = torch.empty(n, *dl.x_shape, dtype=torch.uint8, device=dl.device, memory_format=torch.channels_last)
     y = torch.empty(n, dtype=torch.long, device=dl.device)
     i = 0
-    with redirect_stdout(sys.stderr):
-        has_bar = len(dl) > 8 and rank == 0
-        for xb,yb,idx,passed in progress_bar(dl.reader, leave=False) if has_bar else dl.reader:
-            dl.note(idx, passed)
-            x[i:i+len(xb)] = xb.to(dl.device)
-            y[i:i+len(yb)] = yb.to(dl.device)
-            i += len(xb)
+    for xb,yb,idx,passed in counted(dl.reader, 'reading batches', is_shown=rank == 0):
+        dl.note(idx, passed)
+        x[i:i+len(xb)] = xb.to(dl.device)
+        y[i:i+len(yb)] = yb.to(dl.device)
+        i += len(xb)
     if dl.broken:
         names = ', '.join(dl.broken)
         print(f'{len(dl.broken)} images could not be read, others took their place: {names}', file=sys.stderr)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .base.distributed import average_, mean, world
 from .base.inputs import Input, map_tensors, n_rows, tensors_in
+from .base.progress import Progress
 from .base.threads import threads_for
 from .data import pairs
 from . import networks
@@ -419,6 +420,7 @@ def score_chain(
     calibration:list[tuple[Input, Any]]|None, # as in `score_path`
     loss_func:Callable|None=None, # as in `accuracy_loss`
     metric:Any=None,    # as there
+    count:Callable|None=None, # called with the number of paths that are scored, after each
 ) -> dict[Path, Scores]:
     "Score paths of a one-shot chain, each beginning once; raise `ValueError` for K > 1 or a wrong path."
     if supernet.K != 1: raise ValueError(f'K={supernet.K}, expected one supernet')
@@ -435,6 +437,7 @@ def score_chain(
         if l == len(supernet.sizes):
             outs = iter(advance('head', calibration, inputs)[1])
             scores[paths[0]] = accuracy_loss(lambda _: next(outs), batches, False, loss_func, metric)
+            if count: count(len(scores))
             return
         for o,group in groupby(paths, key=lambda p: p[l]):
             walk(list(group), l+1, *advance(f'blocks.{l}.{o}', calibration, inputs))
@@ -458,6 +461,7 @@ def score_paths(
     is_sharded:bool=False, # as in `score_path`
     loss_func:Callable|None=None, # as in `accuracy_loss`
     metric:Any=None,    # as there
+    progress:bool|Callable=True, # show how many are scored? Or called with that number, after each
 ) -> pd.DataFrame: # path; acc_super (metric_super if there is a metric), loss_, margin_, sigmoid_super
     "Return the scores of many paths, in their order; `ValueError` as in `score_path`."
     _check_lasting(batches, calibration)
@@ -471,12 +475,19 @@ def score_paths(
         return score_path(supernet, path, code, batches, calibration, is_sharded, **own)
     is_bf16 = bf16 or supernet.bf16
     bf16_where_safe = torch.autocast(all_codes.device.type, torch.bfloat16, is_bf16)
-    with evaluating(supernet), bf16_where_safe, threads_for(_first_input(batches)):
-        if is_tree: scores = score_chain(supernet, paths, batches, calibration, **own)
-        else: scores = {path: score(path, code) for path,code in zip(paths, all_codes)}
+    scores = {}
+    bar = Progress('scoring paths', len(paths), progress is True)
+    count = progress if callable(progress) else bar.update
+    with evaluating(supernet), bf16_where_safe, threads_for(_first_input(batches)), bar:
+        if is_tree: scores = score_chain(supernet, paths, batches, calibration, **own, count=count)
+        else:
+            for path,code in zip(paths, all_codes):
+                scores[path] = score(path, code)
+                count(len(scores))
     names = [space.format(p) for p in paths]
     return pd.DataFrame([scores[p] for p in paths], columns=columns).assign(path=names)[['path', *columns]]
 
+# %% ../nbs/58_evaluate.ipynb #d7778edd
 def _has_separate_norms(supernet:Supernet) -> bool: # does each belong to one module of the chain?
     norms = {supernet.net.get_submodule(name) for name in supernet.norms}
     modules = [m for _,m in supernet.net.named_modules(remove_duplicate=False) if m in norms]

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 from torch.nn import functional as F
 from .base.inputs import Input, map_tensors, n_rows
+from .base.progress import counted
 from .data import DataLoaders, held, pairs
 from .evaluate import Batches, Scores, accuracy_loss
 from .finetune import FineTuning, training_batches
@@ -102,7 +102,7 @@ def train_on(
     rows = [] if done is None else done.to_dict('records')
     known = {row['path'] for row in rows}
     left = [path for path in paths if space.format(path) not in known]
-    for path in progress_bar(left, leave=False) if progress else left:
+    for path in counted(left, 'training paths on', is_shown=progress):
         one = FineTuning(supernet, path, codes([path])[0], batches, **tuning)
         rows += [dict(path=space.format(path)) | row for row in _rows_of(one, steps, *scoring)]
         if keep: keep(pd.DataFrame(rows))

@@ -148,7 +148,6 @@ def _rank_seeds(config, folder, question, seeds, scoring) -> pd.DataFrame:
     record = dict(config=asdict(config), **environment(), results=results, seconds={})
     frames = {}
     for seed in range(config.seed, config.seed+seeds):
-        print(f'seed {seed}', file=sys.stderr)
         ensure_trained(replace(config, seed=seed), folder/f'seed_{seed}')
         if not begun: write_run(folder, record)
         begun = True

@@ -8,6 +8,7 @@ __all__ = ['RETRAIN_RECIPES', 'OPTIMIZERS', 'Recipe', 'get_recipe', 'lr_at', 'rm
 
 # %% ../nbs/66_retrain.ipynb #c5b76a4f
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .average import decay_at
 from .base.distributed import agree, average_, average_stats, gather, is_first, world
 from .base.inputs import Input, n_rows
+from .base.progress import is_notebook
 from .base.threads import keep_threads
 from .evaluate import accuracy_loss
 from .settings import RecipeName
@@ -303,8 +305,9 @@ def after_epoch(self:RetrainCallback):
     if self.epoch < self.start or not is_first(): return
     if self.folder: self._save()
     if self.progress:
-        numbers = [f'{k} {v:.4g}' for k,v in self.log[-1].items() if k != 'broken']
-        print(', '.join(numbers), flush=True)
+        numbers = [f'{k} {v:.4g}' for k,v in self.log[-1].items() if k not in ('broken', 'epoch')]
+        line = f'epoch {self.epoch+1} of {self.n_epoch}: {", ".join(numbers)}'
+        print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/66_retrain.ipynb #55d3c9b5
 def _retrain_identity(learn:Learner) -> dict: # what must agree between a checkpoint and a run
@@ -388,7 +391,7 @@ def retrain(
     device = next(module.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == 'cuda' else []))
-        if not progress: stack.enter_context(learn.no_bar())
+        if not (progress and is_notebook()): stack.enter_context(learn.no_bar())
         stack.enter_context(learn.no_logging())
         stack.enter_context(plain_errors())
         stack.enter_context(keep_threads())

@@ -6,9 +6,9 @@
 __all__ = ['PATIENCE', 'ENUMERABLE', 'ALGORITHMS', 'Search', 'watching', 'make_search', 'search', 'pareto']
 
 # %% ../nbs/64_search.ipynb #a51b7a26
-import math, os, sys
+import math, os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
@@ -17,11 +17,11 @@ import numpy as np
 import optuna
 import pandas as pd
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from .base.files import FileLock
+from .base.progress import Progress
 from .base.storage import lock_folder, open_study, quiet_optuna, storage_errors
 from .settings import Algorithm
 from .space import Path, Space
@@ -379,31 +379,18 @@ def _start(self:Search, algorithm:Algorithm, seed:list|None) -> Callable: # as `
 
 # %% ../nbs/64_search.ipynb #fefcdf5a
 @contextmanager
-def _bar(search:Search, n:int, leave:bool) -> Iterator[Callable]:
-    with redirect_stdout(sys.stderr):
-        bar = progress_bar(range(n), leave=leave)
-        bar.update(0)
-    def show():
-        with redirect_stdout(sys.stderr): bar.update(min(search.n_done, n))
-    yield show
-    with redirect_stdout(sys.stderr):
-        if leave: print()
-        else: bar.on_iter_end()
-
-@contextmanager
 def watching(
     search:Search, # that runs
     n:int,         # paths that are wanted
     progress:bool|Callable, # as in `Search.run`
-    leave:bool=True, # leave the bar on the screen at the end?
 ) -> Iterator[Callable]:
     "Yield `show()`, which shows the progress of a search and returns False to end it."
     if callable(progress):
         with progress if hasattr(progress, '__exit__') else nullcontext():
             yield lambda: progress(search)
-    elif progress and n > 0:
-        with _bar(search, n, leave) as show: yield show
-    else: yield lambda: None
+    else:
+        with Progress('scoring paths', n, progress) as bar:
+            yield lambda: bar.update(min(search.n_done, n))
 
 # %% ../nbs/64_search.ipynb #f053ade5
 def make_search(

@@ -16,8 +16,8 @@ from pathlib import Path as FilePath
 from threading import Thread
 import pandas as pd
 import torch
-from fastprogress.fastprogress import progress_bar
 from .base.files import append_log, locked, n_cores, read_log, to_json, write_file
+from .base.progress import counted
 from .benchmark import Benchmark, get_benchmark, get_net
 from .cost import Cost
 from .data import DataLoaders, get_data
@@ -75,8 +75,8 @@ def _train_paths(jobs:list[tuple], log:FilePath, n_workers:int): # arguments of 
     pool = ProcessPoolExecutor(n_workers, mp_context=context, initializer=end_with_parent)
     try:
         futures = [pool.submit(train_path, *job) for job in jobs]
-        done = progress_bar(as_completed(futures), total=len(futures))
-        for future in done: append_log(log, future.result())
+        done = as_completed(futures)
+        for future in counted(done, 'trainings', len(futures)): append_log(log, future.result())
     finally: pool.shutdown(cancel_futures=True) # do not wait for trainings that have not begun
 
 # %% ../nbs/74_standalone.ipynb #74b1e007

@@ -10,7 +10,6 @@ __all__ = ['IMAGE_SETS', 'IMAGE_SUFFIXES', 'Raw', 'READERS', 'Images', 'ImageSet
 # %% ../../nbs/datasets/20_images.ipynb #83350fbc
 import io, json, os, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path as FilePath
@@ -18,12 +17,12 @@ from typing import NamedTuple
 from zipfile import BadZipFile
 import numpy as np
 import torch
-from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..base.files import data_home, kshot_home, n_cores, replacing
+from ..base.progress import counted
 from .unpickle import load_plain
 
 # %% ../../nbs/datasets/20_images.ipynb #451804c8
@@ -130,10 +129,9 @@ def decode_images(
         for i,(name,source) in enumerate(sources[start:start+step], start):
             out[i] = _decode(name, source, px)
     starts = range(0, len(sources), step)
-    with ThreadPoolExecutor(min(8, n_cores())) as pool, redirect_stdout(sys.stderr):
+    with ThreadPoolExecutor(min(8, n_cores())) as pool:
         done = pool.map(fill, starts)
-        if len(starts) > 8: done = progress_bar(done, total=len(starts), leave=False)
-        for _ in done: pass
+        for _ in counted(done, f'reading pictures, {step} at a time', len(starts)): pass
     return out
 
 # %% ../../nbs/datasets/20_images.ipynb #87118ff1

@@ -113,7 +113,7 @@ def _begin(self:LiveSearch, search:Search):
     self.search = search
     self.frame = search.frame()
     self.has_bar = True
-    bar = watching(search, search.n_wanted, True, leave=self.panel is None)
+    bar = watching(search, search.n_wanted, True)
     self.update_bar = self.bar.enter_context(bar)
     if self.panel: self._start_panel(names)
     self.budget = self.new_budget()

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from fastprogress.fastprogress import progress_bar
 from ..base.files import locked, n_cores, write_json
 from ..base.options import check_option
+from ..base.progress import Progress
 from ..benchmark import get_benchmark
 from ..checkpoint import TrainingStopped
 from ..cli.work import set_threads
@@ -250,13 +250,12 @@ def _work_in_process(folder:FilePath, i:int, threads:int): # number i on this ma
 
 def _watch(processes:list, rows:list[Row], folder:FilePath, progress:bool):
     "Wait until all processes have ended."
-    left = [folder/row.name for row in rows]
-    bar = progress_bar(range(len(rows))) if progress else None
-    if progress: bar.update(0)
+    left = [folder/row.name for row in rows if _result(folder/row.name) is None]
+    bar = Progress('rows of the study', len(rows), progress, n_before=len(rows)-len(left))
     while alive := [process.sentinel for process in processes if process.is_alive()]:
         wait(alive, timeout=2)
         left = [run for run in left if _result(run) is None]
-        if progress: bar.update(len(rows)-len(left))
+        bar.update(len(rows)-len(left))
 
 # %% ../../nbs/studies/30_study.ipynb #2dd0641f
 def _work_in_parallel(rows:list[Row], folder:FilePath, n:int, progress:bool) -> list[int]:
