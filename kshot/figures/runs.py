@@ -8,6 +8,7 @@ __all__ = ['plot_pareto', 'rung_columns', 'plot_refined', 'plot_training', 'live
 # %% ../../nbs/figures/30_runs.ipynb #c53104c5
 import itertools, math, re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 import numpy as np, pandas as pd, plotly.graph_objects as go
 from fastprogress.fastprogress import format_time
 from plotly.subplots import make_subplots
@@ -134,24 +135,33 @@ def _line(color:str=OKABE_ITO['blue'], name:str='') -> dict:
     return dict(line=dict(color=color, width=2), mode='lines+markers',
         hovertemplate=f'{name} %{{y:.4g}} at update %{{x:,}}<extra></extra>')
 
+_EDGE = dict(line_width=0, mode='lines', hoverinfo='skip', fill=None)
+_LIGHT = _EDGE | dict(fill='tonexty', fillcolor='rgba(86,180,233,.22)')
+_STRONG = _EDGE | dict(fill='tonexty', fillcolor='rgba(86,180,233,.4)')
+
 def _band(x:list, values:np.ndarray) -> list: # lines (x, y, style)
     "Return the lines that draw `(T, n)` values as range, middle half and median."
     levels = [0, .25, .5, .75, 1]
     if not values.size: values = np.zeros((0, 1))
     low, q1, mid, q3, high = np.quantile(values, levels, axis=1)
-    edge = dict(line_width=0, mode='lines', hoverinfo='skip', fill=None)
-    light = edge | dict(fill='tonexty', fillcolor='rgba(86,180,233,.22)')
-    strong = edge | dict(fill='tonexty', fillcolor='rgba(86,180,233,.4)')
-    return [(x, low, edge), (x, high, light), (x, q1, edge), (x, q3, strong),
+    return [(x, low, _EDGE), (x, high, _LIGHT), (x, q1, _EDGE), (x, q3, _STRONG),
             (x, mid, _line(OKABE_ITO['vermillion']))]
 
 # %% ../../nbs/figures/30_runs.ipynb #16ecd7d5
-_zero_to_one = dict(clipmin=-.02, clipmax=1.02) # options of an axis range
+class _Panel(NamedTuple):
+    "One panel of a live figure."
+    head:str     # what it shows, and the latest value
+    lines:list   # (x, y, style)
+    axis:dict    # options of its y axis
+    soon:str     # what will come, as long as there is nothing
+
+def _within(**options) -> dict: # an axis that stays between 0 and 1
+    return dict(autorangeoptions=dict(clipmin=-.02, clipmax=1.02) | options)
 
 def _tinted(text:str, color:str) -> str: return f'<span style="color:{color}">{text}</span>'
 
 # %% ../../nbs/figures/30_runs.ipynb #84cd5305
-def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
+def _code_panels(log:Sequence[Mapping]) -> list[_Panel]:
     "Return the panels of simplex codes: entropy, spread and drift, use of supernets."
     x, use = _series(log, 'mean_code')
     K = use.shape[1]
@@ -166,28 +176,49 @@ def _code_panels(log:Sequence[Mapping]) -> list[tuple]: # as `_live_panels`
     names = ' '.join(_tinted(f'<b>{k}</b>', color) for k,color in enumerate(colors))
     colors = colors or [GRAY]*K
     uses = [(x, use[:,k], _line(colors[k], f'supernet {k}:')) for k in range(K)]
-    near_one = _zero_to_one | dict(include=[.98, 1])
-    near_zero = _zero_to_one | dict(include=.01)
-    near_equal = _zero_to_one | dict(include=[1/K-.01, 1/K+.01])
+    near_one = _within(include=[.98, 1])
+    near_zero = _within(include=.01)
+    near_equal = _within(include=[1/K-.01, 1/K+.01])
+    soon = 'first codes soon'
     return [
-        (f'entropy of codes {_last(entropy, 3)}', [(x, entropy, _line())], near_one),
-        (', '.join(heads), lines, near_zero),
-        (f'use of supernets {names}', uses, near_equal)]
+        _Panel(f'entropy of codes {_last(entropy, 3)}', [(x, entropy, _line())], near_one, soon),
+        _Panel(', '.join(heads), lines, near_zero, soon),
+        _Panel(f'use of supernets {names}', uses, near_equal, soon)]
 
 # %% ../../nbs/figures/30_runs.ipynb #93219f96
-def _live_panels(log:Sequence[Mapping]) -> list[tuple]: # head, lines (x, y, style), range options
+def _tau_panel(log:Sequence[Mapping], n:int) -> _Panel: # over `n` paths
+    x, tau = _series(log, 'tau')
+    lines = [(x, tau, _line())]
+    over = f'over {n} paths' if n else 'against the truth'
+    head = f'tau {over} {_last(tau)}'
+    facts = []
+    if any('tau_low' in r for r in log):
+        (x_band, low), (_, high) = (_series(log, f'tau_{end}') for end in ('low', 'high'))
+        lines = [(x_band, low, _EDGE), (x_band, high, _STRONG), *lines]
+        if np.isfinite(low+high).any(): facts = [f'{_last(low)} to {_last(high)}']
+    ceiling = next((r['ceiling'] for r in log if 'ceiling' in r), None)
+    if ceiling is not None:
+        ends = [log[0]['update'], log[-1]['update']]
+        style = dict(line=dict(color=OKABE_ITO['green'], dash='dot'), mode='lines', hoverinfo='skip')
+        lines.append((ends, np.full(2, ceiling), style))
+        facts.append(_tinted(f'seed ceiling {ceiling:.2f}', OKABE_ITO['green']))
+    if facts: head += f'<br>{", ".join(facts)}'.replace('<b>', '').replace('</b>', '')
+    lowest = min([0, *tau[np.isfinite(tau)]])
+    return _Panel(head, lines, dict(range=[lowest, 1]), 'first scores soon')
+
+def _live_panels(log:Sequence[Mapping]) -> list[_Panel]:
     "Return the panels for which a log has records."
     x, loss = _series(log, 'loss')
-    panels = [(f'training loss {_last(loss)}', [(x, loss, _line())], {})]
-    for measure,scale in dict(acc=_zero_to_one, metric={}).items():
+    head = f'training loss {_last(loss)}'
+    panels = [_Panel(head, [(x, loss, _line())], {}, 'first losses soon')]
+    n = 0
+    for measure,axis in dict(acc=dict(range=[0, 1]), metric={}).items():
         x, scores = _series(log, measure)
         if not len(x): continue
-        head = f'{word_of(measure)} of {scores.shape[1]} paths {_last(np.median(scores, axis=1))}'
-        panels.append((head, _band(x, scores), scale))
-    x, tau = _series(log, 'tau')
-    if len(x):
-        head = f'tau against the truth {_last(tau)}'
-        panels.append((head, [(x, tau, _line())], dict(clipmin=-1, clipmax=1)))
+        n = scores.shape[1]
+        head = f'{word_of(measure)} of {n} paths {_last(np.median(scores, axis=1))}'
+        panels.append(_Panel(head, _band(x, scores), axis, 'first scores soon'))
+    if any('tau' in r for r in log): panels.append(_tau_panel(log, n))
     return panels + (_code_panels(log) if any('mean_code' in r for r in log) else [])
 
 # %% ../../nbs/figures/30_runs.ipynb #55981115
@@ -210,7 +241,7 @@ def _live_grid(n:int) -> list[list[int]]: # for each row of panels: the columns 
     rows = [len(r) for r in np.array_split(range(n), -(-n//3))][::-1]
     return [[math.lcm(*rows)//k]*k for k in rows]
 
-def _live_frame(panels:list[tuple], note:bool) -> go.Figure:
+def _live_frame(panels:list[_Panel], note:bool) -> go.Figure:
     "Make a figure of panels with lines that have no points yet."
     grid = _live_grid(len(panels))
     specs = []
@@ -222,15 +253,27 @@ def _live_frame(panels:list[tuple], note:bool) -> go.Figure:
             specs[-1] += [dict(colspan=span)] + [None]*(span-1)
     fig = make_subplots(len(grid), len(specs[0]), specs=specs,
         subplot_titles=[' ']*len(panels), horizontal_spacing=.08, vertical_spacing=.2)
-    for (_,lines,scale),place in zip(panels, places):
-        for *_,style in lines: fig.add_trace(go.Scatter(style, showlegend=False), **place)
-        fig.update_yaxes(autorangeoptions=scale, nticks=6, **place)
-    fig.update_xaxes(nticks=5)
+    for panel,place in zip(panels, places):
+        for *_,style in panel.lines: fig.add_trace(go.Scatter(style, showlegend=False), **place)
+    for i in ('', *range(2, len(panels)+1)): # what comes, in the middle of a panel
+        middle = dict(x=.5, y=.5, xref=f'x{i} domain', yref=f'y{i} domain')
+        fig.add_annotation(text='', showarrow=False, font_color=GRAY, **middle)
+    fig.update_xaxes(nticks=5).update_yaxes(nticks=6)
     finish(fig, 'Training', ' '*note, 40+20*note+230*len(grid),
         margin=dict(t=76+20*note, b=28))
     return stacked(fig, len(panels), 230)
 
 # %% ../../nbs/figures/30_runs.ipynb #a3007592
+def _change_panel(fig:go.Figure, i:int, panel:_Panel): # its head and its axes
+    heads = fig.layout.annotations
+    curves = [y for _,y,style in panel.lines if 'dash' not in style.get('line', {})]
+    has_values = any(np.isfinite(y).any() for y in curves)
+    heads[i].text = panel.head
+    heads[len(heads)//2+i].text = '' if has_values else panel.soon
+    number = i+1 if i else ''
+    fig.layout[f'xaxis{number}'].visible = has_values
+    fig.layout[f'yaxis{number}'].update(panel.axis, visible=has_values)
+
 def plot_live(
     log:Sequence[Mapping],    # records of `kshot.lab.live.LiveCallback`
     into:go.Figure|None=None, # figure of an earlier state of the same log, to update in place
@@ -240,13 +283,14 @@ def plot_live(
     if not len(log): return empty('Training', 'no update yet')
     panels = _live_panels(log)
     fig = into or _live_frame(panels, note)
-    lines = list(itertools.chain.from_iterable(panel for _,panel,_ in panels))
+    lines = list(itertools.chain.from_iterable(panel.lines for panel in panels))
     if len(fig.data) != len(lines):
         raise ValueError(f'a figure of {len(fig.data)} lines to change, expected {len(lines)}')
     for trace,(x,y,_) in zip(fig.data, lines):
         trace.x = x
         trace.y = y
         if trace.mode != 'lines': trace.marker.size = 5 if len(x) < 40 else 2
-    for annotation,(head,*_) in zip(fig.layout.annotations, panels): annotation.text = head
+    for i,panel in enumerate(panels): _change_panel(fig, i, panel)
+    fig.update_xaxes(autorangeoptions_include=[0, max(10, log[-1]['update'])])
     if note: fig.layout.title.subtitle.text = live_note(log)
     return fig

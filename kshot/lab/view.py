@@ -120,6 +120,36 @@ function watchPointer(el) { // isHeld(): the pointer is over a live figure
 }
 """
 
+# %% ../../nbs/lab/05_view.ipynb #a5e10024
+_CLICK = """
+function nearestMarker(gd, e) {
+  const box = gd.getBoundingClientRect();
+  let nearest, least = 20; // pixels
+  for (const trace of gd._fullData) {
+    if (trace.type !== 'scatter' || trace.visible !== true || trace.hoverinfo === 'skip') continue;
+    const axis = id => gd._fullLayout[id.replace(/^[xy]/, '$&axis')];
+    const [xa, ya] = [axis(trace.xaxis), axis(trace.yaxis)];
+    for (let i = 0; i < trace.x.length; i++) {
+      const dx = box.x + xa._offset + xa.d2p(trace.x[i]) - e.clientX;
+      const dy = box.y + ya._offset + ya.d2p(trace.y[i]) - e.clientY;
+      const distance = Math.hypot(dx, dy);
+      if (distance < least) [nearest, least] = [{trace, i}, distance];
+    }
+  }
+  return nearest;
+}
+function onClick(gd, tell) {
+  gd.addEventListener('pointerdown', down => {
+    if (down.button || !down.target.closest('.draglayer')) return;
+    document.addEventListener('pointerup', up => {
+      if (Math.hypot(up.clientX-down.clientX, up.clientY-down.clientY) > 5) return; // a drag
+      const {trace, i} = nearestMarker(gd, up) ?? {};
+      if (trace) tell({trace: trace.name, text: trace.text?.[i], customdata: trace.customdata?.[i]});
+    }, {once: true, capture: true});
+  });
+}
+"""
+
 # %% ../../nbs/lab/05_view.ipynb #a5e10011
 _LISTEN = """
 function listen(gd, model, redraw) {
@@ -127,13 +157,13 @@ function listen(gd, model, redraw) {
     if (model.get('events').includes(event)) model.send({event, ...more});
   };
   const point = ({points: [p]}) =>
-    ({trace: p.data.name, index: p.pointIndex, text: p.text, customdata: p.customdata});
+    ({trace: p.data.name, text: p.text, customdata: p.customdata});
   let rest; // a pointer on its way over a hundred points reports one
   const tellAtRest = (event, more) => {
     clearTimeout(rest);
     rest = setTimeout(tell, 50, event, more);
   };
-  gd.on('plotly_click', e => tell('click', point(e)));
+  onClick(gd, marker => tell('click', marker));
   gd.on('plotly_hover', e => tellAtRest('hover', point(e)));
   gd.on('plotly_unhover', () => tellAtRest('unhover'));
   gd.on('plotly_deselect', () => tell('deselect'));
@@ -224,11 +254,11 @@ def _whole(_, view) -> str: return view.whole_json() # the value of a trait, mad
 
 class View(anywidget.AnyWidget):
     "Show one plain figure after another; raise `ValueError` for an unknown event."
-    _esm = _PLOTLY + _DRESS + _HOLD + _LISTEN + _MODEL + _VIEW
+    _esm = _PLOTLY + _DRESS + _HOLD + _CLICK + _LISTEN + _MODEL + _VIEW
     whole = traitlets.Int().tag(sync=True, to_json=_whole)
     events = traitlets.List().tag(sync=True) # that have a handler
     def __init__(self,
-        **on:Callable, # event -> handler, called with a dict: trace, index, text, customdata; or x, y
+        **on:Callable, # event -> handler, called with a dict: trace, text, customdata; or x, y
     ):
         for event in on:
             if event not in EVENTS: raise ValueError(f'event {event!r}, expected one of {EVENTS}')
@@ -243,8 +273,9 @@ class View(anywidget.AnyWidget):
         answer_now(self)
 
 # %% ../../nbs/lab/05_view.ipynb #a5e10017
-def _entries(part:dict) -> dict[str, str]: # of a trace or a layout, as JSON
-    return {k: to_json_plotly(v) for k,v in part.items() if k != 'template'}
+def _entries(part) -> dict[str, str]: # of a trace or a layout, as JSON
+    plain = part.to_plotly_json()
+    return {k: to_json_plotly(v) for k,v in plain.items() if k != 'template'}
 
 def _object(entries:dict[str, str]) -> str: # JSON
     return '{%s}' % ','.join(f'"{k}":{v}' for k,v in entries.items())
@@ -271,9 +302,8 @@ def show(self:View,
     "Show a figure in place of the last one."
     with self.lock:
         self.figure = fig
-        plain = fig.to_dict()
-        traces = [_entries(trace) for trace in plain['data']]
-        look = _entries(plain['layout'])
+        traces = list(map(_entries, fig.data))
+        look = _entries(fig.layout)
         is_same_make = self.revision and _make(self.traces) == _make(traces)
         changes = [_changed(*pair) for pair in zip(self.traces, traces)]
         restyled = _changed(self.look, look)

@@ -113,6 +113,7 @@ export default {initialize, render};
 
 # %% ../../nbs/lab/10_widgets.ipynb #a5e20004
 _CSS = """
+.kshot-panel:is(.jupyter-widgets-disconnected)::before,
 .kshot-panel .jupyter-widgets-disconnected::before { display: none }
 .kshot-lost :is(button, select, input, .noUi-target) { opacity: .5; pointer-events: none }
 .kshot-notice:not(:empty) { padding: 4px 10px; border-left: 4px solid #E69F00;
