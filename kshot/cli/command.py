@@ -17,7 +17,7 @@ from inspect import Parameter, signature
 from itertools import chain
 from pathlib import Path as FilePath
 from textwrap import fill, indent
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, get_origin
 from ..base.options import choices_of, comments_of, did_you_mean, kinds_of
 from ..settings import RECIPES
 
@@ -119,7 +119,8 @@ _LONG = 50 # characters; a longer list of choices goes into the help text
 
 def _add_place(parser, option:Option, settings:dict): # by position; also as --option, which older habits type
     if option.default is Parameter.empty:
-        parser.add_argument(option.name, **settings)
+        several = dict(nargs='+') if get_origin(option.annotation) is list else {}
+        parser.add_argument(option.name, **several, **settings)
         return
     def read(text): return text if text is argparse.SUPPRESS else settings['type'](text)
     place = dict(default=argparse.SUPPRESS, type=read) # absent, it leaves the option alone
@@ -200,7 +201,8 @@ def make_parser(
     for record in [*_records(f).values(), *_lineage(options)]:
         group = parser.add_argument_group(_title(record))
         for option in record_options(record): add_option(group, option, space=space)
-    places = [f'[{a.dest}]' if a.nargs else a.dest for a in parser._positionals._group_actions]
+    shapes = {None: '{}', '?': '[{}]', '+': '{} ...'}
+    places = [shapes[a.nargs].format(a.dest) for a in parser._positionals._group_actions]
     parser._optionals._group_actions[0].help = 'Show this help.'
     parser.usage = ' '.join([name, *places, '[options]'])
     return parser

@@ -18,7 +18,8 @@ from .command import EXIT_CODES, plain_end, refuse_word
 ROOMS = dict( # command -> the module that has it
     demo='cli.demo', train='cli.launch', rank='cli.launch', search='cli.launch', retrain='cli.launch',
     export='cli.launch', tables='cli.tables', study='studies.start', bench='cli.measure',
-    doctor='cli.doctor')
+    ls='cli.overview', compare='cli.overview', report='cli.overview', doctor='cli.doctor',
+    completion='cli.completion')
 
 def find_command(
     name:str, # one of `ROOMS`
