@@ -310,6 +310,10 @@ def test_quarto_gets_what_it_can_show(tmp_path):
     assert sum(b.get('text/markdown') == NO_WIDGET for b in after) == n_widgets > 0
     assert not [b for b in after if {'text/html', PLOTLY, WIDGET} & b.keys()]
     assert 'widgets' not in nb['metadata']
+    text = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
+    pictures = re.findall(r'<!-- site: (.*) -->', prose(page)) # in JupyterLab, the widget is there
+    assert pictures and all(f'\n{picture}\n' in f'\n{text}\n' for picture in pictures)
+    assert '<!-- site' not in text
     assert not convert(nb), 'a second time changes nothing'
     (tmp_path/'tutorials').mkdir()
     (tmp_path/'tutorials'/page.name).write_text(page.read_text())

@@ -1,5 +1,7 @@
 """Turn what Quarto cannot show of notebooks into HTML: plotly figures, and tables without foreign scripts.
 
+A comment `<!-- site: ... -->` holds what only the site shows: pictures of widgets, which live in JupyterLab.
+
 Quarto runs this before it renders the site, in the folder of the staged notebooks.
 """
 import json
@@ -35,6 +37,11 @@ def convert(
     "Give Quarto a notebook whose outputs it can show."
     outputs = [output for cell in nb['cells'] for output in cell.get('outputs', []) if 'data' in output]
     is_changed = bool(nb['metadata'].pop('widgets', None))
+    for cell in nb['cells']:
+        if cell['cell_type'] != 'markdown': continue
+        text = ''.join(cell['source'])
+        cell['source'] = re.sub(r'<!-- site: (.*?) -->', r'\1', text)
+        is_changed |= cell['source'] != text
     for output in outputs:
         data = as_markdown(output['data'])
         is_changed |= data is not output['data']

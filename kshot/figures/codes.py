@@ -51,7 +51,7 @@ def _triangle(codes:np.ndarray, labels:Sequence, color:np.ndarray|None) -> go.Fi
     "Draw codes of K = 3 in their triangle, whole and zoomed in."
     x, y = _xy(codes).T
     width = max(1e-6, 1.2*max(np.ptp(x), np.ptp(y)))
-    titles = ('the whole triangle', f'closer: {width:.2g} wide')
+    titles = ('the whole triangle', f'closer: {width:.0%} of a side')
     fig = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=.05)
     for col in (1, 2): _add_triangle(fig, codes, labels, color, col)
     corner_x, corner_y = _xy(np.eye(3)).T
@@ -92,7 +92,8 @@ def _heat(codes:np.ndarray, labels:Sequence, order:np.ndarray) -> go.Figure:
     names = np.broadcast_to(labels[order], z.shape)
     hover = '%{customdata}<br>supernet %{y}: %{z:.3f}<extra></extra>'
     heat = go.Heatmap(z=z, customdata=names, hovertemplate=hover,
-        colorbar=dict(thickness=10, outlinewidth=0), **_code_scale(codes))
+        colorbar=dict(thickness=10, outlinewidth=0, title=dict(text='share in the mix', side='right')),
+        **_code_scale(codes))
     fig = go.Figure(heat)
     fig.update_yaxes(title_text='supernet', autorange='reversed', dtick=1, showgrid=False)
     return fig.update_xaxes(title_text='paths, sorted', showticklabels=False,
@@ -131,9 +132,10 @@ def plot_codes(
     if K == 1: return empty(title, f'K = 1: the code of all {len(codes):,} paths is 1')
     spread = f'spread over paths {codes.std(0).mean():.3f}'
     if K == 3 and kind != 'heat':
-        note = joined(spread, f'color: {color_name}' if color_name else '', lost)
+        note = joined(spread, lost)
         margin = dict(t=92, b=16 if color is None else 64)
         fig = _triangle(codes, labels, color)
+        fig.update_layout(coloraxis_colorbar_title_text=color_name)
         return stacked(finish(fig, title, note, 430, showlegend=False, margin=margin),
             2, 360)
     by_strongest = np.lexsort((codes.max(1), codes.argmax(1)))
@@ -180,16 +182,15 @@ def _bars(fig:go.Figure, code:np.ndarray, codes:np.ndarray):
 
 # %% ../../nbs/figures/20_codes.ipynb #e5f20005
 def _add_arrows(fig:go.Figure, corners:np.ndarray, middle:np.ndarray, width:float, **panel):
-    "Add an arrow from the middle of a map towards each supernet."
+    "Add an arrow from the middle of a map towards each supernet, with its name above all points."
     arms = corners-corners.mean(0)
     arms = arms*.44*width/max(1e-9, np.linalg.norm(arms, axis=1).max())
     for k,(x,y) in enumerate(middle+arms):
         name = f'supernet {k}' if len(corners) <= 4 else str(k)
-        side = 'top' if y > middle[1] else 'bottom'
-        fig.add_scatter(x=[middle[0], x], y=[middle[1], y], mode='lines+text',
-            text=['', name], textfont=dict(color=GRAY, size=11),
-            textposition=f'{side} center', line=dict(color=GRAY, width=1),
-            hoverinfo='skip', **panel)
+        fig.add_scatter(x=[middle[0], x], y=[middle[1], y], mode='lines',
+            line=dict(color=GRAY, width=1), hoverinfo='skip', **panel)
+        fig.add_annotation(x=x, y=y, text=f'<b>{name}</b>', showarrow=False, font_shadow='auto',
+            yanchor='bottom' if y > middle[1] else 'top', **panel)
 
 # %% ../../nbs/figures/20_codes.ipynb #c0462fa5
 def _map(fig:go.Figure, code:np.ndarray, codes:np.ndarray, near:list, labels:np.ndarray,
@@ -202,7 +203,7 @@ def _map(fig:go.Figure, code:np.ndarray, codes:np.ndarray, near:list, labels:np.
     high = np.maximum(points.max(0), star[0])
     middle = (low+high)/2
     extent = (high-low).max()
-    width = 1.35*max(1e-6, extent)
+    width = 1.15*max(1e-6, extent)
     _add_arrows(fig, corners, middle, width, **panel)
     colors = _marker_colors(None if color is None else color[drawn], 'sky')
     dots = dict(colors, size=5, opacity=.7)
@@ -220,8 +221,10 @@ def _map(fig:go.Figure, code:np.ndarray, codes:np.ndarray, near:list, labels:np.
     fig.update_xaxes(visible=False, range=x_range, **panel)
     fig.update_yaxes(visible=False, range=y_range, scaleanchor='x2', **panel)
     if extent < 1e-9: return 'all codes are equal'
-    part = f', {shown:.0%} of their variance' if shown < .995 else ''
-    return f'map of codes, {width:.2g} wide{part}'
+    apart = 1 if len(code) == 3 else 2**.5 # two supernets on such a map
+    lines = ['map of codes', f'its width: {width/apart:.0%} of the way between two supernets']
+    if shown < .995: lines.append(f'{shown:.0%} of the variance of codes')
+    return '<br>'.join(lines)
 
 # %% ../../nbs/figures/20_codes.ipynb #f36e048f
 def _drawn_codes(ok:np.ndarray, near:list, n:int=2000) -> np.ndarray: # indices
@@ -257,17 +260,17 @@ def plot_code(
     labels = np.asarray(range(len(codes)) if labels is None else labels, object)
     if color is not None: color = np.asarray(color, float)
     fig = make_subplots(1, 2, subplot_titles=('gray: 95 % of all paths', 'map'),
-        horizontal_spacing=.08, column_widths=[.45, .55])
+        horizontal_spacing=.08, column_widths=[.36, .64])
     _bars(fig, code, codes[ok])
     filled = np.where(ok[:,None], codes, codes[ok].mean(0))
     fig.layout.annotations[1].text = _map(fig, code, filled, near, labels, color, drawn)
     note = ['star: this path', 'rings: nearest codes' if near else '']
-    if color is not None: note.append(f'color: {color_name}')
     if len(drawn) < len(codes):
         note.append(f'{len(drawn):,} of {len(codes):,} paths drawn')
-    finish(fig, title, joined(*note), 400, showlegend=False, barmode='overlay',
-        margin=dict(t=92, b=64))
-    return stacked(fig, 2, 360)
+    bar = dict(title_text=color_name, x=.42, len=.4) # below the map
+    finish(fig, title, joined(*note), 560, showlegend=False, barmode='overlay',
+        margin=dict(t=116, b=64), coloraxis_colorbar=bar)
+    return stacked(fig, 2, 420)
 
 # %% ../../nbs/figures/20_codes.ipynb #1a82657b
 def path_array(
@@ -333,7 +336,7 @@ def _codes_by_supernet(space:Space, means:pd.DataFrame, title:str) -> go.Figure:
     fig.update_yaxes(autorange='reversed', showgrid=False, tickfont_size=10)
     fig.update_xaxes(showgrid=False, title_text='op', dtick=1)
     scale = _code_scale(means.to_numpy())
-    coloraxis = dict(cmin=scale['zmin'], cmax=scale['zmax'],
+    coloraxis = dict(colorbar_title_text='share in the mix', cmin=scale['zmin'], cmax=scale['zmax'],
         colorscale=scale['colorscale'])
     return finish(fig, title, 'over all paths with that op at that block',
         120+(110+14*len(space.blocks))*n_rows, margin=dict(t=96, b=96),

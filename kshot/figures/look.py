@@ -84,7 +84,8 @@ def scorer_labels(
 # %% ../../nbs/figures/10_look.ipynb #1144c791
 def _bottom_bar() -> dict: # a thin color bar below the figure, at the left
     return dict(orientation='h', thickness=10, len=.7, x=0, xanchor='left', y=0,
-        yref='container', yanchor='bottom', outlinewidth=0, tickangle=0, nticks=6)
+        yref='container', yanchor='bottom', outlinewidth=0, tickangle=0, nticks=6,
+        title=dict(side='right', font_size=12))
 
 _FONTS = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif'
 _light = '#24262A', '#FFFFFF', '#E4E4E0' # ink, ground, grid

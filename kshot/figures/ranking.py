@@ -115,10 +115,10 @@ def plot_rank(
     _set_score_axes(fig, scores, x, y)
     notes = [f'diamonds: true top {top:.0%}']
     has_bar = 'macs' in scores and scores.macs.nunique() > 1
-    if has_bar: notes.append('color: MACs')
     n_drawn = sum(len(trace.x) for trace in fig.data)
     if n_drawn < len(scores): notes.append(f'{n_drawn:,} of {len(scores):,} points drawn')
-    finish(fig, title, joined(*notes, note), 110+390*n_rows, coloraxis_showscale=has_bar,
+    coloraxis = dict(showscale=has_bar, colorbar_title_text='MACs')
+    finish(fig, title, joined(*notes, note), 110+390*n_rows, coloraxis=coloraxis,
         margin=dict(t=116 if any(heads) else 84, b=104))
     return stacked(fig, n, 420) if n > 1 else fig
 

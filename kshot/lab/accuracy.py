@@ -116,14 +116,14 @@ def _splits(self:AccuracyExplorer) -> list: # label, value
     names = [b.name for b in self.space.blocks]
     bins = cost_bins(self.frame.macs).categories if 'macs' in self.frame else []
     if len(bins) > 1: names = ['MACs', *names]
-    return [('nothing', None), *zip(names, names)]
+    return [('nothing', ''), *zip(names, names)] # a menu shows None as an empty line
 
 @patch
 def _change_split(self:AccuracyExplorer): # another split has other rows
     split = self.split.value
     had_rows = self.rows is not None
     self.rows = None
-    if split is not None:
+    if split:
         is_cost = split == 'MACs'
         rows = cost_bins(self.frame.macs) if is_cost else op_at(self.space, self.paths, split)
         self.frame = self.frame.assign(_row=rows)
@@ -282,7 +282,7 @@ def _draw_hills(self:AccuracyExplorer):
     if self.shown_hills == key:
         return self.hills.update(lambda fig: setattr(fig.layout, 'shapes', self._bands()))
     self.shown_hills = key
-    split = self.split.value and '_row'
+    split = '_row' if self.split.value else None
     self.hill_rows = accuracy_rows(self.frame, self.by, split) if len(self.frame) else []
     fig = plot_accuracy(self.frame, self.names, self.by, self.kind.value, split)
     self.hills.show(fig.update_layout(shapes=self._bands(), **_SELECT))

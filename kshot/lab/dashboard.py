@@ -43,9 +43,14 @@ _CSS = """<style>.kshot-ranks .card { overflow-x: auto; }
 .kshot-ranks th { font-weight: 600; vertical-align: bottom; }
 .kshot-ranks th { color: var(--jp-ui-font-color2, inherit); }
 .kshot-ranks .text { text-align: left; }
-.kshot-ranks p { margin: 6px 0; color: var(--jp-ui-font-color2, inherit); }</style>"""
+.kshot-ranks p { margin: 6px 0; color: var(--jp-ui-font-color2, inherit); }
+.kshot-ranks { container-type: inline-size; }
+@container (max-width: 900px) {
+  .kshot-ranks table { font-size: 12px; }
+  .kshot-ranks th, .kshot-ranks td { padding: 4px 5px; }
+  .kshot-ranks td.text { white-space: normal; min-width: 110px; } }</style>"""
 _HEADINGS = dict( # column of the protocol -> heading
-    spearman='Spearman', sparse_tau='sparse tau', top_tau='tau in top 10 %', regret_1='regret of 1',
+    spearman='Spearman', sparse_tau='sparse tau', regret_1='regret of 1',
     regret_n='regret of 10', precision_n='precision at 10', surpass_random='beats 10 random',
     search_mean='top 10 worth')
 _BY = dict( # column -> word
@@ -99,20 +104,21 @@ def _controls(self:RankDashboard):
     by = [(f'by {word}', column) for column,word in _BY.items() if column in known]
     low, high = SHARES[[0, -1]].tolist()
     self.run = ipywidgets.Dropdown(options=runs, description='Run')
-    self.by = ipywidgets.ToggleButtons(options=by, style=dict(button_width='120px'))
+    self.by = ipywidgets.ToggleButtons(options=by, style=dict(button_width='auto'))
     self.top = ipywidgets.IntSlider(10, low, high, 5, description='True top, %')
     self.top.layout.width = '250px'
     for w in (self.run, self.by, self.top): w.observe(lambda _: self.draw(), 'value')
-    self.table = ipywidgets.HTML(_CSS + self._table(), layout=dict(width='100%'))
+    self.table = ipywidgets.HTML(layout=dict(width='100%'))
     self.table.add_class('kshot-ranks')
 
 # %% ../../nbs/lab/45_dashboard.ipynb #8dc959a1
 @patch
-def _table(self:RankDashboard) -> str: # all metrics as HTML
-    if self.protocol.empty:
+def _table(self:RankDashboard, table:pd.DataFrame) -> str: # all metrics as HTML
+    if table.empty:
         return f'<p>{sum(map(len, self.runs.values()))} paths, at least 2 are needed to rank</p>'
-    f = self.protocol.rename(index=lambda k: label_of(k, self.names)).rename_axis('scorer')
-    f = f.drop(columns=['kind', 'search_std']).rename(columns=_HEADINGS)
+    f = table.rename(index=lambda k: label_of(k, self.names)).rename_axis('scorer')
+    heads = _HEADINGS | dict(top_tau=f'tau in top {self.top.value} %')
+    f = f.drop(columns=['kind', 'search_std']).rename(columns=heads)
     n = len(next(iter(self.runs.values())))
     paths = f'{n:,} paths' + (f', {self.n_out:,} left out' if self.n_out else '')
     intervals = f'intervals of {self.n_boot} resamples' if self.n_boot else 'no intervals'
@@ -126,6 +132,7 @@ def draw(self:RankDashboard):
     tops = self.tops.loc[top] if len(self.tops) else pd.Series(dtype=float)
     cloud = self._cloud(top, tops)
     table = self.protocol.assign(top_tau=tops) if len(tops) else self.protocol
+    self.table.value = _CSS + self._table(table)
     bars = plot_protocol(table.loc[self.shown], self.names, top)
     if len(cloud.data) and len(bars.data):
         cloud.update_layout(margin_t=100)

@@ -137,8 +137,8 @@ def _button(self:CodeExplorer, name:str) -> ipywidgets.Button:
     return b
 
 # %% ../../nbs/lab/30_explore.ipynb #4f754d40
-def _column(*widgets) -> ipywidgets.VBox:
-    return ipywidgets.VBox(widgets, layout=dict(flex='1 1 330px', align_self='flex-start'))
+def _column(*widgets, width:int=250) -> ipywidgets.VBox: # at least, in pixels
+    return ipywidgets.VBox(widgets, layout=dict(flex=f'1 1 {width}px', align_self='flex-start'))
 
 def _named(block:Block, selector) -> ipywidgets.HBox:
     return ipywidgets.HBox([ipywidgets.Label(block.name, layout=dict(width='76px')), selector])
@@ -148,7 +148,7 @@ def _rows(self:CodeExplorer) -> list:
     "Make the controls and views, and return the rows of the panel."
     self.ops = [self._selector(b) for b in self.space.blocks]
     self.text = ipywidgets.Text(description='path', continuous_update=False)
-    self.text.layout.width = '400px'
+    self.text.layout = dict(flex='1 1 150px', max_width='400px')
     self.text.style.description_width = 'initial'
     self.text.observe(self._go_to, 'value')
     self.buttons = {name: self._button(name) for name in _BUTTONS}
@@ -161,7 +161,7 @@ def _rows(self:CodeExplorer) -> list:
     self.path_view = View()
     selectors = [_named(b, w) for b,w in zip(self.space.blocks, self.ops)]
     near = [ipywidgets.Label('Nearest codes'), self.near]
-    if self.is_small: top = [[_column(*selectors), _column(self.facts, *near)]]
+    if self.is_small: top = [[_column(*selectors, width=430), _column(self.facts, *near)]]
     else: top = [selectors, [_column(self.facts), _column(*near)]]
     return [[self.text, *self.buttons.values()], self.message, *top, self.code_view, self.path_view]
 

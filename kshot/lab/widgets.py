@@ -47,6 +47,14 @@ function keptStates(roots, all, before) { // of panels, and of what was kept, wi
   for (const id of roots) if (id in before || isPanel(id)) keep(id);
   return kept;
 }
+function dropPictures(notebook) { // of plain figures: after a reload they would have the old width
+  for (const cell of notebook.cells)
+    for (let i = 0; i < (cell.outputs?.length ?? 0); i++) {
+      const output = cell.outputs.get(i);
+      const {'image/png': picture, ...data} = output.data;
+      if (picture && data['application/vnd.plotly.v1+json']) output.setData({data});
+    }
+}
 function keepPanels(manager) { // whenever the document is saved
   const {context} = manager;
   if (!context?.saveState || manager.keepsPanels) return; // elsewhere, or done already
@@ -54,6 +62,7 @@ function keepPanels(manager) { // whenever the document is saved
   context.saveState.connect((_, step) => {
     if (step !== 'started') return;
     const notebook = context.model;
+    dropPictures(notebook);
     const before = notebook.getMetadata('widgets')?.[STATE]?.state ?? {};
     const live = manager.get_state_sync({drop_defaults: true}).state;
     const all = {...before, ...manager.deadPanels, ...live};
