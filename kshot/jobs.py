@@ -253,7 +253,7 @@ def _found(search:Search, frame:pd.DataFrame, scores_of:Callable, measure:str) -
 def search_run(
     folder:FilePath,        # of a run
     n:int=200,              # paths that are scored in the end
-    algorithm:Algorithm='nsga2', # how the next path is found
+    algorithm:Algorithm='tpe', # how the next path is found
     budget:Budget=Budget(), # what the best path may cost
     seed:int=0,             # of the search
     n_calibration:int=4,    # training batches for batch norm (paper: 20)

@@ -163,8 +163,8 @@ class _Proposals(NamedTuple):
     n_drawn: float         # paths drawn before the sampler is asked
 
 ALGORITHMS:dict[Algorithm, _Proposals] = dict(
-    nsga2=_Proposals(partial(NSGAIISampler, population_size=50), 50),
     tpe=_Proposals(TPESampler, 10),
+    nsga2=_Proposals(partial(NSGAIISampler, population_size=50), 50),
     random=_Proposals(RandomSampler, math.inf),
     exhaustive=_Proposals(RandomSampler, math.inf))
 
@@ -345,7 +345,7 @@ def _as_worker(self:Search) -> Iterator[int]:
 def run(self:Search,
     score:Callable, # `score(path)`, a number, higher is better
     n:int,          # paths scored in the end, including those in the record
-    algorithm:Algorithm='nsga2', # how the next path is found
+    algorithm:Algorithm='tpe', # how the next path is found
     seed:int|None=0, # None: another search each time
     progress:bool|Callable=False, # a bar, or `progress(search)` before each path; False ends it
 ) -> pd.DataFrame:   # as `frame`
@@ -406,7 +406,7 @@ def search(
     space:Space,    # where to search
     score:Callable, # `score(path)`, a number, higher is better
     n:int,          # paths scored in the end, including those in the storage
-    algorithm:Algorithm='nsga2', # how the next path is found
+    algorithm:Algorithm='tpe', # how the next path is found
     seed:int|None=0, # None: another search each time
     progress:bool|Callable=False, # as in `Search.run`
     **kwargs,       # costs, budgets, tradeoff, storage, name and locks of `Search`

@@ -20,7 +20,7 @@ Codes = Literal['simplex', 'uniform', 'vertex', 'free']
 Mode = Literal['joint', 'alternate']
 SamplerName = Literal['uniform', 'random_nas', 'fair', 'greedy', 'sandwich']
 ScoreName = Literal['loss', 'metric', 'margin', 'sigmoid']
-Algorithm = Literal['nsga2', 'tpe', 'random', 'exhaustive']
+Algorithm = Literal['tpe', 'nsga2', 'random', 'exhaustive']
 RecipeName = Literal['strong', 'mild', 'quick']
 Split = Literal['valid', 'test']
 

@@ -137,7 +137,7 @@ def _rank(folder, is_trained, config, seeds, question, scoring) -> tuple: # rank
 
 # %% ../../nbs/cli/30_launch.ipynb #8f818bae
 @command(n_places=1, needs='cli.work', examples={
-    'first --max_macs 500K': 'NSGA-II within a limit of multiply-accumulates',
+    'first --max_macs 500K': 'within a limit of multiply-accumulates',
     'first --refine 20': 'let the 20 best paths train on by themselves, then choose',
     'first --algorithm exhaustive --n_paths 625': 'every path of the digits space',
     'nb201 --max_latency 5 --device pixel3': 'within a measured latency'})
@@ -145,7 +145,7 @@ def search(
     name:str='run',      # name of a trained run
     runs:FilePath=FilePath('runs'), # folder of runs
     n_paths:int=200,     # paths to score in total, with those of earlier calls
-    algorithm:Algorithm='nsga2', # how to choose the next path
+    algorithm:Algorithm='tpe', # how to choose the next path
     seed:int=0,          # seed of the search
     n_calibration:int=4, # batches to recalibrate batch norm on; with 0, tracked or the batch's statistics
     score:ScoreName='loss', # what to rank paths by; metric is accuracy, unless the space has its own
