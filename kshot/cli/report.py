@@ -9,6 +9,7 @@ __all__ = ['Runs', 'scores_of', 'make_report']
 from collections.abc import Mapping
 from itertools import chain as joined
 from pathlib import Path as FilePath
+from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
@@ -52,12 +53,21 @@ def _scores(runs:Runs) -> dict[str, pd.DataFrame]: # of the runs that were score
     frames = {name: _read(folder, 'scores') for name,folder in runs.items()}
     return {name: frame for name,frame in frames.items() if frame is not None}
 
-def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
-    "Return the scatter, the accuracies and the protocol of all runs that were scored."
+class _Ranked(NamedTuple):
+    scores:dict[str, pd.DataFrame] # of runs, by name
+    left_out:set[str]              # paths without a number somewhere
+    protocol:pd.DataFrame          # as `rank_scores`
+
+def _ranked(runs:Runs, question:dict|None) -> _Ranked|None: # None: no run was scored, or there is no truth
     scores = _scores(runs)
-    if not scores or question is None: return []
+    if not scores or question is None: return None
     scores, truth, left_out = align_scores(scores, get_truth(**question))
-    protocol = rank_scores(scores, truth)
+    return _Ranked(scores, left_out, rank_scores(scores, truth))
+
+def _rank_sections(ranked:_Ranked|None, question:dict|None) -> list[tuple]:
+    "Return the scatter, the accuracies and the protocol of all runs that were scored."
+    if ranked is None: return []
+    scores, left_out, protocol = ranked
     by_scorer = protocol.set_index('scorer')
     named = [frame.assign(name=name) for name,frame in scores.items()]
     all_scores = pd.concat(named, ignore_index=True)
@@ -70,8 +80,18 @@ def _rank_sections(runs:Runs, question:dict|None) -> list[tuple]:
     taus = by_scorer[['tau', 'low', 'high']].to_dict('index')
     scatter = figures.plot_rank(all_scores, taus=taus, by='name')
     bars = figures.plot_protocol(brief(protocol).set_index('scorer'), scorer_labels(scores))
-    return [('Ranking', text, scatter, bars, protocol.round(3)),
+    return [('Ranking', text, scatter, bars, _table(protocol, scores)),
             (heading, figures.plot_accuracy(all_scores, by='name'))]
+
+_COLUMNS = dict(tau='tau', low='low', high='high', spearman='Spearman', top_tau='top 10 %',
+                regret_n='regret', surpass_random='beats random')
+
+def _table(protocol:pd.DataFrame, scores:dict) -> pd.DataFrame: # with the names that figures have
+    table = brief(protocol).reset_index(drop=True)
+    names = scorer_labels(scores)
+    labels = [label_of(scorer, names) for scorer in table.scorer]
+    numbers = table.reindex(columns=[*_COLUMNS]).rename(columns=_COLUMNS).round(3)
+    return pd.concat([pd.Series(labels, name='score'), numbers], axis=1)
 
 # %% ../../nbs/cli/20_report.ipynb #20a90001
 def _gaps_sections(runs:Runs) -> list[tuple]:
@@ -154,6 +174,49 @@ def _refined_sections(frame:pd.DataFrame, best:dict, seconds:float) -> list[tupl
     table = table[table[columns[0]].notna()].head(10).round(4)
     return [('Trained on', _refined_text(best, seconds), figures.plot_refined(frame), table)]
 
+# %% ../../nbs/cli/20_report.ipynb #20a1b002
+def _tau_words(row:pd.Series) -> str: return f'{row.tau:.2f} (95 %: {row.low:.2f} to {row.high:.2f})'
+
+def _ranking_words(ranked:_Ranked) -> str:
+    rows = ranked.protocol.set_index('scorer')
+    taus = rows.loc[[f'{name}_loss' for name in ranked.scores]]
+    names = [label_of(name) for name in ranked.scores]
+    of_runs = [f'{name} {_tau_words(row)}' for name,row in zip(names, taus.itertuples())]
+    if len(taus) > 3:
+        span = f'({taus.tau.min():.2f} to {taus.tau.max():.2f})'
+        of_runs = [f'{len(taus)} runs {taus.tau.mean():.2f} {span}']
+    known = [name for name in ('macs', 'ceiling') if name in rows.index]
+    yardsticks = [f'{label_of(name)} {rows.tau[name]:.2f}' for name in known]
+    beside = f' Beside it: {", ".join(yardsticks)}.' if yardsticks else ''
+    return f'Tau by loss: {", ".join(of_runs)}.{beside}'
+
+def _training_words(folder:FilePath) -> str:
+    record = read_run(folder)
+    config = record['config']
+    supernets = 'one supernet' if config['K'] == 1 else f'{config["K"]} supernets'
+    trained = record['results'].get('train')
+    if not trained: return f'{folder.name}: the training of {supernets} has not ended.'
+    return f'{folder.name}: {supernets}, {trained["epoch"]} epochs, loss {trained["loss"]:.3f}.'
+
+def _summary(runs:Runs, ranked:_Ranked|None) -> list[str]: # sentences
+    lines = [_ranking_words(ranked)] if ranked else [*map(_training_words, runs.values())][:3]
+    for name,folder in runs.items():
+        results = read_run(folder)['results']
+        gaps = results.get('gaps', {}).get('words')
+        if gaps: lines.append(f'{label_of(name)}: {gaps}')
+        best = results.get('search')
+        if best: lines.append(_search_text(best, results.get('retrain')))
+    return lines
+
+def _origin(folder:FilePath) -> str: # where the numbers come from
+    record = read_run(folder)
+    versions = ', '.join(f'{name} {version}' for name,version in record.get('versions', {}).items())
+    seconds = ', '.join(f'{job} {n:,.0f} s' for job,n in record.get('seconds', {}).items())
+    machine = ', '.join(f'{name} {value}' for name,value in record.get('machine', {}).items())
+    about = f'{folder.name}: seed {record["config"]["seed"]}, commit {record.get("commit")}'
+    parts = [about, versions, machine, seconds]
+    return '; '.join(filter(None, parts)) + '.'
+
 # %% ../../nbs/cli/20_report.ipynb #d2ede4b0
 def make_report(
     fname:FilePath,          # html, replaced as a whole
@@ -162,12 +225,16 @@ def make_report(
     question:dict|None=None, # arguments of `get_truth`; None: those of the first ranking
 ) -> FilePath:               # `fname`
     "Write the report of one run, or of several side by side."
-    sections = _rank_sections(runs, question or _question_of(runs))
+    question = question or _question_of(runs)
+    ranked = _ranked(runs, question)
+    sections = [('In short', *_summary(runs, ranked))]
+    sections += _rank_sections(ranked, question)
     sections += _gaps_sections(runs)
     for folder in runs.values(): sections += _search_sections(folder) + _codes_sections(folder)
     sections += _training_sections(runs)
     configs = pd.DataFrame({name: read_run(folder)['config'] for name,folder in runs.items()})
-    sections.append(('What was run', configs.astype(str).rename_axis('argument').reset_index()))
+    table = configs.astype(str).rename_axis('argument').reset_index()
+    sections.append(('What was run', table, *map(_origin, runs.values())))
     return write_report(fname, title, sections)
 
 def _training_sections(runs:Runs) -> list[tuple]:
