@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .base.distributed import World
+from .base.options import did_you_mean
 from .base.inputs import Input, shapes_of, tensors_in
 from .benchmark import get_benchmark, get_net, get_space
 from .cost import Cost
@@ -149,7 +150,8 @@ def check_config(
     fitting = _fitting_data(config.space)
     if config.data not in fitting:
         given = f'data {config.data!r} for space {config.space!r}'
-        raise ValueError(f'{given}, expected {", ".join(fitting)}')
+        hint = did_you_mean(config.data, fitting)
+        raise ValueError(f'{given}, expected {", ".join(fitting)}{hint}')
     _check_branch(config)
     _check_codes(config, space)
     _check_distill(config)

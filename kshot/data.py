@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .base.distributed import World
 from .base.inputs import Input, map_tensors, n_rows, shapes_of, tensors_in
+from .base.options import did_you_mean
 from .base.progress import counted
 from .datasets.folder import IMAGENET_STATS, Augment, FileLoader
 from .datasets.folder import check_batches, folder_splits, to_floats
@@ -471,7 +472,7 @@ def get_data(
 ) -> DataLoaders: # train, valid, test; `c` classes
     "Return data by name; raise `ValueError` for an unknown name or setting, or a seed below 0."
     if not callable(name) and name not in DATA:
-        raise ValueError(f'data {name!r}, expected one of {", ".join(DATA)}')
+        raise ValueError(f'data {name!r}, expected one of {", ".join(DATA)}{did_you_mean(name, DATA)}')
     make = name if callable(name) else DATA[name]
     if callable(name): name = getattr(name, '__name__', 'own')
     known = list(signature(make).parameters)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 from .base.files import data_home, kshot_home, replacing
+from .base.options import did_you_mean
 from .benchmark import (BENCHMARKS, Benchmark, find_source, get_benchmark, get_net, get_space,
                              is_spelling, read_source)
 from .datasets.importers import COLUMNS, as_rows
@@ -292,6 +293,7 @@ def get_table(
     names = [table['name'] for table in list_tables()]
     can_import = benchmark is not None and benchmark.importers
     hint = f'; kshot tables import {name} FILE makes it' if can_import else ''
+    hint = hint or did_you_mean(name, names)
     raise ValueError(f'table {name!r}, expected one of {", ".join(names)} or a .parquet file{hint}')
 
 # %% ../nbs/72_tables.ipynb #72e1a009
@@ -388,6 +390,8 @@ def latency(
     "Return the measured latency of paths on a device; `ValueError` for an unknown device."
     rows = pd.read_parquet(_latency_file(space), filters=[('device', '==', device)])
     if rows.empty:
-        raise ValueError(f'device {device!r}, expected one of {", ".join(devices(space))}')
+        known = devices(space)
+        hint = did_you_mean(device, known)
+        raise ValueError(f'device {device!r}, expected one of {", ".join(known)}{hint}')
     parse = get_space(space).parse
     return {parse(path): ms for path,ms in zip(rows.path, rows.latency_ms)}.__getitem__

@@ -114,7 +114,7 @@ def runs(tmp_path_factory):
     p = torchrun(2, '-m', 'kshot', 'train', '--runs', runs, '--name', 'whole', *SMALL)
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err
-    assert out.count('whole: epoch 4') == 1
+    assert out.count('whole: 4 epochs, ') == 1
     assert json.loads((runs/'whole/run.json').read_text())['machine']['processes'] == 2
     return runs
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from io import StringIO
@@ -82,9 +83,9 @@ def test_interrupted_training_ends_like_an_undisturbed_one(trained, number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -9)
     if number == signal.SIGINT:
-        assert f'to resume: kshot train {name} --runs {trained} --resume' in err
+        assert 'interrupted; run the same command again to resume' in err
         assert 'Traceback' not in err
-    code, out, err = call('train', '--runs', trained, '--name', name, '--resume')
+    code, out, err = call('train', '--runs', trained, '--name', name, *QUICK)
     assert code == 0, err
     whole, meta = load_newest(trained/'whole')
     resumed, meta_resumed = load_newest(trained/name)
@@ -146,7 +147,7 @@ def test_bad_input_is_one_line_and_writes_nothing(f, args, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('name, args, message', [
-    ('train', QUICK, 'is not empty: resume it or choose another'),
+    ('train', ['--K', 3], 'holds a run with K=2, expected K=3: choose another name'),
     ('search', ['--max_macs', 5], 'macs'),
     ('retrain', ['--path', '01'], 'has 2 ops, expected 4'),
     ('rank', ['--table', 'none'], "table 'none', expected")])
@@ -228,6 +229,11 @@ def parts_of(name) -> dict: # full name -> command
     if parts is None: return {f'kshot {name}': f}
     return {f'kshot {name} {part}': g for part,g in parts.items()}
 
+# what depends on other options, or has no value unless the recipe of a space says so
+UNTOLD = 'help', 'portion', 'device'
+# arguments without which a command refuses to work
+NEEDED = {'kshot tables import': ['nb201'], 'kshot compare': ['one', 'two']}
+
 COMMANDS = {}
 for command_name in main.ROOMS: COMMANDS |= parts_of(command_name)
 
@@ -245,16 +251,25 @@ def test_help_ends_in_examples_that_can_be_read(name):
             check_config(config, space_of(config))
 
 @pytest.mark.parametrize('name', COMMANDS)
+def test_help_of_an_option_is_a_sentence_that_says_what_happens_without_it(name):
+    for action in COMMANDS[name].parser()._actions:
+        if action.help == SUPPRESS: continue
+        assert re.fullmatch(r'[A-Z\d\-].*\.|bf16.*\.', action.help), action.help
+        assert not re.search(r"None|: none|''|\b0:|-1:", action.help), action.help
+        is_told = 'efault' in action.help or action.dest in UNTOLD
+        assert is_told or action.default is not None or not action.option_strings, action.help
+
+@pytest.mark.parametrize('name', COMMANDS)
 def test_every_word_of_an_example_means_something(name):
     "The empty example shows the defaults, every other one changes them."
     f = COMMANDS[name]
-    if name == 'kshot tables import': return # its name has no default
+    if name in NEEDED: return # nothing works without them
     usual = f.parser().parse([])
     for argv in f.examples: assert (f.parser().parse(shlex.split(argv)) == usual) == (not argv)
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_an_unknown_option_is_one_line(name):
-    args = ['nb201'] if name == 'kshot tables import' else []
+    args = NEEDED.get(name, [])
     line = f"{name}: unknown option '--jsn'; did you mean --json?\n"
     assert call_here(COMMANDS[name], *args, '--jsn') == ('', line, 2)
 

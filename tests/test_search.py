@@ -19,8 +19,10 @@ from processes import Fork
 SPACE = Space('toy', tuple(Block(f'b{l}', ('a', 'b', 'c')) for l in range(6))) # 729 paths
 WORKER = '''
 import sys, time
+from kshot.base import progress
 from kshot.search import search
 from kshot.space import Block, Space
+progress._EVERY['plain'] = 0 # a line for each path
 folder, name, n, algorithm, storage = sys.argv[1:6]
 space = Space('toy', tuple(Block(f'b{l}', ('a', 'b', 'c')) for l in range(6)))
 log = open(f'{folder}/{name}.txt', 'a', buffering=1)
@@ -130,7 +132,7 @@ def test_the_dead_do_not_block_the_living(tmp_path):
 
 def test_the_bar_goes_to_standard_error(tmp_path):
     out, err = finish(start(tmp_path, 'a', 20, 'random', 'bar'))
-    assert out == '' and '100.00% [20/20' in err
+    assert out == '' and 'scoring paths: 20 of 20, ' in err and '\r' not in err
     out, err = finish(start(tmp_path, 'a', 30, 'random'))
     assert out == '' and err == ''
 

@@ -12,7 +12,7 @@ from kshot import checkpoint, record, standalone
 from kshot.base import files
 from kshot.base.files import LostProcess, StopSignal, Unwritable
 from kshot.base.storage import open_study, storage_errors
-from kshot.cli import launch
+from kshot.cli import work
 from kshot.datasets.folder import Files, ImageFiles
 from kshot.datasets.images import decode_images, save_images
 from kshot.figures.page import write_report
@@ -83,8 +83,8 @@ def test_a_storage(end, tmp_path):
         with pytest.raises(type(end)): open_study(storage, locks, 'two', ['maximize'], {})
 
 def test_a_report(end, tmp_path):
-    with patch.object(launch, 'make_report', raises(end)), pytest.raises(type(end)):
-        launch._report(tmp_path)
+    with patch.object(work, 'make_report', raises(end)), pytest.raises(type(end)):
+        work.try_report(tmp_path)
 
 class Pool:
     def __init__(self, end): self.end = end

@@ -7,7 +7,7 @@ __all__ = ['is_notebook', 'duration', 'Progress', 'counted']
 
 # %% ../../nbs/base/70_progress.ipynb #f46b00f5
 import shutil, sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from time import monotonic
 from fastcore.basics import patch
 
@@ -39,14 +39,14 @@ class Progress:
     "Shows on standard error, or in a notebook, how much of some work is done."
     def __init__(self,
         label:str, # what is counted, such as 'scoring paths'
-        total:int, # how many there are
+        total:int|None, # how many there are; None: nobody knows
         is_shown:bool=True, # show anything?
         n_before:int=0, # how many were done before, by another process
     ):
         self.label = label
         self.n_before = n_before
         self.total = total
-        self.view = _view() if is_shown and total > 0 else ''
+        self.view = _view() if is_shown and total != 0 else ''
         self.started = self.last = monotonic()
         self.display = None # of a notebook
         self.is_begun = False # has anything been shown?
@@ -58,6 +58,7 @@ class Progress:
     ) -> str:
         "Return how far the work is, and how long the rest will take."
         seconds = monotonic() - self.started
+        if self.total is None: return f'{self.label}: {n:,}, {duration(seconds)}'
         n_own = n - self.n_before
         ahead = f', {duration(seconds/n_own*(self.total-n))} left' if n_own else ''
         return f'{self.label}: {n:,} of {self.total:,}, {duration(seconds)}{ahead}'
@@ -82,7 +83,7 @@ def update(self:Progress,
     text = self.text(n)
     if self.view == 'plain': self._print(text)
     elif self.view == 'terminal': self._print(self._bar(n, text), end='')
-    else: self._display(f'<progress value="{n}" max="{self.total}"></progress> {text}')
+    else: self._display(f'<progress value="{n}" max="{self.total or ""}"></progress> {text}')
 
 @patch
 def write(self:Progress,
@@ -100,7 +101,8 @@ def _print(self:Progress, text:str, end:str='\n'): print(text, end=end, file=sys
 def _bar(self:Progress, n:int, text:str) -> str:
     width = shutil.get_terminal_size().columns - 1
     room = max(0, min(30, width - len(text) - 1))
-    done = room*n//self.total
+    if self.total is None: room = 0
+    done = room*n//(self.total or 1)
     return f'{_CLEAR}{text} {"█"*done}{"░"*(room-done)}'[:width+len(_CLEAR)]
 
 @patch
@@ -113,11 +115,12 @@ def _display(self:Progress, text:str):
 def counted(
     items:Iterable, # of a loop
     label:str,      # what is counted
-    total:int|None=None, # how many there are; None: the length of `items`
+    total:int|None=None, # how many there are; None: the length of `items`, if they have one
     is_shown:bool=True, # show anything?
 ) -> Iterator:      # the same items
     "Yield items, and show how many are done."
-    with Progress(label, len(items) if total is None else total, is_shown) as bar:
+    if total is None and isinstance(items, Sized): total = len(items)
+    with Progress(label, total, is_shown) as bar:
         for i,item in enumerate(items, 1):
             yield item
             bar.update(i)

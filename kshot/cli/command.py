@@ -89,7 +89,7 @@ def read_value(
 # %% ../../nbs/cli/10_command.ipynb #024cd242
 def _sentence(comment:str) -> str: # with a capital, but K stays K and bf16 bf16
     first, _, rest = comment.partition(' ')
-    if first.isalpha() and first.islower(): first = first.capitalize()
+    if re.fullmatch('[a-z]+[,;:]?', first): first = first.capitalize()
     return f'{first} {rest}'.strip() + '.'*bool(comment)
 
 def _default(option:Option, space:str) -> str: # as you would type it; '' if the comment says it

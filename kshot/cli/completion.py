@@ -55,8 +55,8 @@ def script_of(
 
 # %% ../../nbs/cli/95_completion.ipynb #a6b50646
 @command(n_places=1, needs='', alone=True, examples={
-    'bash': 'print it; source <(kshot completion bash) in ~/.bashrc turns it on',
-    'zsh': 'the same in ~/.zshrc'})
+    '': 'for bash: source <(kshot completion) in ~/.bashrc turns it on',
+    'zsh': 'for zsh: source <(kshot completion zsh) in ~/.zshrc'})
 def completion(
     shell:Literal['bash', 'zsh']='bash', # whose script is printed
 ):

@@ -67,19 +67,22 @@ def _trained_text(folder:FilePath, result:Mapping) -> str:
 def train(
     name:str='run',      # name of the run; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
-    resume:bool=False,   # resume an interrupted run, with its own settings
+    resume:bool=False,   # resume an interrupted run without repeating its settings
     **config,
 ):
-    "Train K-shot supernets; --resume continues after the last complete epoch."
+    "Train K-shot supernets; repeat the command to resume after the last complete epoch."
     from kshot.cli.work import closing, set_threads, try_report
     from kshot.config import Config
+    from kshot.record import has_run
     from kshot.runs import train_run
     folder = find_run(runs, name) if resume else run_folder(runs, name)
     if resume: check_same(folder, read_run(folder)['config'], config)
     else: config = begin_from(runs, config)
     set_threads(read_run(folder)['config'] if resume else config)
-    try: train_run(Config(**config), folder, resume)
-    except (KeyboardInterrupt, StopSignal, ConnectionError):
+    config = Config(**config)
+    resume = resume or has_run(folder, config)
+    try: train_run(config, folder, resume)
+    except (StopSignal, ConnectionError):
         if (folder/'run.json').exists():
             print(f'\nto resume: {_how_to_resume(name, runs)}', file=sys.stderr)
         raise

@@ -16,7 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any
 import numpy as np
 import pandas as pd
-from fastprogress.fastprogress import progress_bar
+from ..base.progress import counted
 from .tfrecord import read_tfrecord, wire_fields
 from .unpickle import load_plain
 from ..nb101 import NB101_OPS, nb101_path
@@ -105,7 +105,7 @@ def _cells(
     if not source.is_dir(): return iter(load_plain(source)['arch2infos'].values())
     files = sorted(f for f in source.glob('*.pickle.pbz2') if f.name.split('.')[0].isdecimal())
     if not files: raise ValueError('no pickles like 000000.pickle.pbz2 in the folder')
-    return map(load_plain, progress_bar(files) if len(files) > 99 else files)
+    return map(load_plain, counted(files, 'reading files'))
 
 def _trainings(path:str, results:dict) -> Iterator[tuple]: # of a cell with one budget: values of `COLUMNS`
     for (dataset,seed),training in results['all_results'].items():
@@ -201,10 +201,7 @@ def _read_nb101(
     numbers = {} # hash -> in the order of the file
     n_before = Counter()
     columns = [array(code) for code in 'iiidd'] # cell, epochs, seed, validation and test accuracy
-    batches = read_tfrecord(source)
-    if source.stat().st_size > 50_000_000:
-        batches = progress_bar(batches, total='noinfer') # with a number it would stop there
-    for batch in batches:
+    for batch in counted(read_tfrecord(source), 'reading batches of records'):
         for record in batch:
             name, epochs, valid, test = _parse_record(record, cells)
             cell = numbers.setdefault(name, len(numbers))

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from ..base.files import locked, n_cores, write_json
-from ..base.options import check_option
 from ..base.progress import Progress
 from ..benchmark import get_benchmark
 from ..checkpoint import TrainingStopped
+from ..cli.command import refuse_word
 from ..cli.work import set_threads
 from ..config import Config, space_of
 from ..evaluate import score_columns
@@ -327,7 +327,7 @@ def finish_study(
     metric:Metric='tau_loss', # metric whose effects are reported
 ) -> tuple[dict, str, int]: # what came out, as text, and 1 if no row has a result
     "Run or resume a study, and report the effects; raise `ValueError` as `run_study` does."
-    check_option('metric', metric, Metric)
+    if metric not in METRICS: refuse_word('metric', metric, METRICS)
     frame = run_study(rows, folder, workers)
     n_rows = len(study_rows(folder))
     n_failed = int(frame.error.notna().sum())
