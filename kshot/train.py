@@ -67,7 +67,7 @@ def sgd(
     wd:float=5e-4,             # weight decay of the first group
 ) -> OptimWrapper:             # what fastai expects of an `opt_func`
     "Return fused SGD with Nesterov momentum .9, all momentum buffers ready."
-    nesterov = dict(momentum=.9, nesterov=True, fused=True)
+    nesterov = dict(momentum=.9, nesterov=True, fused=True, foreach=False) # loggers want no None
     opt = torch_optimizer(groups, lr, torch.optim.SGD, wd, **nesterov)
     for params in opt.param_lists:
         for p in params: opt.opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
