@@ -118,6 +118,14 @@ function watchPointer(el) { // isHeld(): the pointer is over a live figure
     },
   };
 }
+function answer(gd, shown, figure) { // draw only what answers a click, between the same axes
+  for (const i of figure.answer ?? []) shown.data[i] = figure.data[i];
+  const axes = Object.keys(gd._fullLayout ?? {}).filter(k => /^[xy]axis\\d*$/.test(k));
+  for (const k of axes) {
+    const range = [...gd._fullLayout[k].range];
+    shown.layout[k] = {...shown.layout[k], range, autorange: false};
+  }
+}
 """
 
 # %% ../../nbs/lab/05_view.ipynb #a5e10024
@@ -224,7 +232,7 @@ function render({model, el}) {
     const figure = JSON.parse(model.get('whole'));
     isLate = !!shown && pointer.isHeld();
     if (!isLate) shown = figure;
-    else for (const i of figure.answer ?? []) shown.data[i] = figure.data[i];
+    else answer(gd, shown, figure);
     gd.style.minHeight = `${shown.layout.height ?? 450}px`;
     soon();
   };

@@ -59,10 +59,10 @@ function keepPanels(manager) { // whenever the document is saved
   const {context} = manager;
   if (!context?.saveState || manager.keepsPanels) return; // elsewhere, or done already
   manager.keepsPanels = true;
+  context.model.contentChanged.connect(dropPictures);
   context.saveState.connect((_, step) => {
     if (step !== 'started') return;
     const notebook = context.model;
-    dropPictures(notebook);
     const before = notebook.getMetadata('widgets')?.[STATE]?.state ?? {};
     const live = manager.get_state_sync({drop_defaults: true}).state;
     const all = {...before, ...manager.deadPanels, ...live};

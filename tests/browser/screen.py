@@ -67,6 +67,15 @@ class Lab:
         with open(self.log, 'w') as log:
             return subprocess.Popen([jupyter, 'lab', *args], env=env, stdout=log, stderr=subprocess.STDOUT)
 
+    def set_theme(self, name:str): # for pages that open from now on
+        fname = self.folder/'settings'/'@jupyterlab'/'apputils-extension'/'themes.jupyterlab-settings'
+        fname.write_text(json.dumps(dict(theme=name)))
+
+    def stop_kernels(self):
+        for session in json.load(urllib.request.urlopen(f'{self.url}/api/sessions')):
+            url = f'{self.url}/api/sessions/{session["id"]}'
+            urllib.request.urlopen(urllib.request.Request(url, method='DELETE'))
+
     def wait(self, server:subprocess.Popen):
         for _ in range(600):
             assert server.poll() is None, self.log.read_text()
@@ -99,10 +108,24 @@ class Notebook:
         self.name = name
         self.errors = []  # in the console
         self.urls = set() # that the page asked for
+        self.n_bytes = 0  # that came through sockets
         page.set_default_timeout(90_000)
         page.on('console', lambda m: m.type == 'error' and self.errors.append(m.text))
         page.on('pageerror', lambda e: self.errors.append(str(e)))
         page.on('request', lambda r: self.urls.add(r.url))
+        page.on('websocket', lambda socket: socket.on('framereceived', self.count))
+
+    def count(self, frame): self.n_bytes += len(frame)
+
+    def save(self):
+        self.menu('File', 'Save Notebook(?! As)')
+        self.page.wait_for_timeout(1500)
+
+    def reload(self):
+        "Open the notebook again, as it was saved."
+        self.n_bytes = 0
+        self.page.goto(self.page.url.partition('?')[0], timeout=90_000)
+        self.wait('.jp-NotebookPanel .jp-CodeCell')
 
     def menu(self, name:str, item:str):
         self.page.get_by_role('menuitem', name=name, exact=True).click()
@@ -125,15 +148,6 @@ class Notebook:
     def until(self, condition:str, timeout:float=120, arg=None):
         "Wait until a JavaScript function returns true."
         self.page.wait_for_function(condition, arg=arg, timeout=timeout*1000)
-
-    def until_pointed(self, x:float, y:float, condition:str, timeout:float=120, arg=None):
-        "Wait as `until` does, and keep the pointer moving: a live figure under it holds still."
-        end = time.monotonic() + timeout
-        while not self.page.evaluate(condition, arg):
-            if time.monotonic() > end: raise TimeoutError(condition)
-            self.page.mouse.move(x, y)
-            self.page.mouse.move(x, y+1)
-            self.page.wait_for_timeout(300)
 
     def button(self, name:str): return self.page.locator('.kshot-panel button', has_text=name)
 
