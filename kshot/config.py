@@ -106,8 +106,6 @@ def _check_branch(config:Config):
 def _check_codes(config:Config, space:Space):
     if not 0 <= config.block < len(space.blocks):
         raise ValueError(f'block={config.block}, expected 0 to {len(space.blocks)-1}')
-    if config.lean is not None and not 0 <= config.lean < len(space.blocks):
-        raise ValueError(f'lean={config.lean}, expected 0 to {len(space.blocks)-1}')
     n_ops = space.sizes[config.block]
     if config.codes == 'vertex' and config.K > n_ops:
         expected = f'at most the {n_ops} ops of the block'
@@ -208,7 +206,7 @@ def make_codes(
     "Build the code module of a configuration."
     if config.K == 1: return UniformCode(1)
     match config.codes:
-        case 'simplex': return SimplexNet(space_of(config), config.K, lean=config.lean)
+        case 'simplex': return SimplexNet(space_of(config), config.K)
         case 'uniform': return UniformCode(config.K)
         case 'vertex': return VertexCode(config.K, config.block)
         case 'free': return FreeCode(space_of(config), config.K)

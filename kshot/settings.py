@@ -49,7 +49,6 @@ class CodeOptions(Sharing):
     "What makes the codes, and when supernets branch."
     codes:Codes='simplex'  # what makes the codes; vertex is few-shot
     block:int=0            # block whose op chooses the supernet, for vertex codes
-    lean:int|None=None     # block whose ops begin with supernets of their own (simplex codes); by default no
     mode:Mode='joint'      # when the codes learn: in every step, or in steps of their own
     lr_codes:float=1e-3    # learning rate of the code module
     branch:str|None=None   # shares of training at which one supernet becomes K, as in 0.5; "" for K at once

@@ -362,7 +362,7 @@ def test_staging(tmp_path):
     proc = stage(copy_tree(tmp_path/'tree'), '--n_workers', '2')
     staged = sorted(p.relative_to(proc).as_posix() for p in proc.rglob('*.ipynb'))
     assert staged == sorted(map(name, PAGES))
-    looks = 'styles.css light.scss dark.scss figures.html images/digits_kshot.png'
+    looks = 'styles.css light.scss dark.scss figures.html images/k_pays.png'
     for f in ('_quarto.yml', 'nbdev.yml', *looks.split()):
         assert (proc/f).is_file(), f
     assert check_staged(proc, PAGES)['doclinks'] > 200

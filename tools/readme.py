@@ -6,7 +6,6 @@
 import json
 import re
 import sys
-from itertools import combinations
 from os.path import normpath
 from pathlib import Path
 
@@ -34,59 +33,34 @@ def readme(
         return link[1] + (normpath(f'nbs/{link[2]}') if is_local else link[2])
     return re.sub(r'\n{3,}', '\n\n', LINK.sub(from_root, text)).strip() + '\n'
 
-def scorer_name(K:int) -> str: return 'one-shot' if K == 1 else f'K-shot, K = {K}'
+PANELS = {'mean accuracy of paths': 'acc', 'tau by accuracy': 'tau_acc', 'tau by loss': 'tau_loss'}
 
-def taus(
+def gains(
     root:Path=ROOT, # the project
-) -> dict:          # scorer -> taus by loss, one a seed where there are several
-    "Return what the picture shows: Digits-Bench, three seeds of each K."
-    import numpy as np
-    from kshot.rank import kendall_tau
-    from kshot.tables import get_table
-    rows = json.loads((root/'results'/'digits_kshot.json').read_text())['rows']
-    table = get_table('digits')
-    acc = table.per_seed(split='test')
-    macs = table.select(split='test', seed=0).set_index('path').macs[acc.index]
-    ceiling = np.mean([kendall_tau(acc[a], acc[b]) for a,b in combinations(range(3), 2)])
-    out = {'counting MACs': [kendall_tau(macs, acc.mean(axis=1))]}
-    for K in (1, 2, 4, 8): out[scorer_name(K)] = [row['tau_loss'] for row in rows if row['K'] == K]
-    return out | {'seed ceiling': [ceiling]}
-
-def taus_of_views(
-    root:Path=ROOT, # the project
-) -> dict:          # as `taus`
-    "Return what the second picture shows: Views-Bench, one-shot and two K that branch."
-    import numpy as np
-    from kshot.rank import kendall_tau
-    from kshot.tables import get_table
-    rows = json.loads((root/'results'/'k_pays.json').read_text())['rows']
-    rows = [row for row in rows if row['space'] == 'views' and row['lr'] == .05 and row['lean'] is None]
-    table = get_table('views')
-    acc = table.per_seed(split='test')
-    macs = table.select(split='test', seed=0).set_index('path').macs[acc.index]
-    ceiling = np.mean([kendall_tau(acc[a], acc[b]) for a,b in combinations(range(3), 2)])
-    out = {'counting MACs': [kendall_tau(macs, acc.mean(axis=1))]}
-    for K,branch in ((1, ''), (4, '0.2'), (8, '0.2')):
-        out[scorer_name(K)] = [row['tau_loss'] for row in rows if (row['K'], row['branch']) == (K, branch)]
-    return out | {'seed ceiling': [ceiling]}
+) -> 'DataFrame':   # as `kshot.figures.plot_gains` takes it
+    "Return what the picture shows: what eight supernets that branch gain over one, by length of training."
+    import pandas as pd
+    from kshot.rank import paired_gain
+    rows = pd.DataFrame(json.loads((root/'results'/'k_pays.json').read_text())['rows'])
+    rows = rows[(rows.lr == .05) & rows.lean.isna() & (rows.codes == 'simplex')]
+    found = []
+    for (space,updates),runs in rows.groupby(['space', 'updates']):
+        one = runs[runs.K == 1].set_index('seed')
+        eight = runs[(runs.K == 8) & (runs.branch == '0.2')].set_index('seed')
+        if not len(one.index.intersection(eight.index)): continue
+        about = dict(label=f'{space.capitalize()}-Bench', updates=updates)
+        for metric,column in PANELS.items():
+            found.append(about | dict(metric=metric) | paired_gain(eight[column], one[column]))
+    return pd.DataFrame(found)
 
 def draw_picture(
-    taus:dict,  # what `taus` or `taus_of_views` returned
-    bench:str,  # name of the benchmark
     fname:Path, # to write
 ):
-    "Draw a figure of the README."
-    import pandas as pd
-    from kshot.figures import plot_protocol
-    points = {name: dict(tau=sum(v)/len(v), low=min(v), high=max(v)) for name,v in taus.items()}
-    fig = plot_protocol(pd.DataFrame(points).T)
-    title = f'Kendall tau on {bench}, by loss; whiskers: lowest and highest seed'
-    fig.update_layout(title_text=title)
-    fig.write_image(fname, width=800, height=330, scale=1.5)
+    "Draw the figure of the README."
+    from kshot.figures import plot_gains
+    fig = plot_gains(gains(), 'What eight supernets gain')
+    fig.write_image(fname, width=960, height=400, scale=1.5)
 
 if __name__ == '__main__':
-    if 'picture' in sys.argv:
-        images = ROOT/'nbs'/'images'
-        draw_picture(taus(), 'Digits-Bench', images/'digits_kshot.png')
-        draw_picture(taus_of_views(), 'Views-Bench', images/'views_kshot.png')
+    if 'picture' in sys.argv: draw_picture(ROOT/'nbs'/'images'/'k_pays.png')
     (ROOT/'README.md').write_text(readme(), encoding='utf-8')

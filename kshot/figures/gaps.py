@@ -123,8 +123,11 @@ def plot_gains(
                 legendgroup=label, mode='lines+markers', line=dict(color=colors[label], width=2),
                 hovertemplate=f'{label}, %{{x:,}} updates: %{{y:+.3f}}<extra></extra>', **panel)
         fig.add_hline(0, line=dict(color=GRAY, dash='dot', width=1), **panel)
-    ticks = sorted(gains.updates.unique())
-    fig.update_xaxes(type='log', title_text='updates', tickvals=ticks, ticktext=[f'{n:,}' for n in ticks])
+    ticks = []
+    for n in sorted(gains.updates.unique(), reverse=True): # none that would lie on another
+        if not ticks or ticks[-1] > 1.5*n: ticks.append(n)
+    fig.update_xaxes(type='log', title_text='updates', tickangle=0, tickvals=ticks,
+        ticktext=[f'{n/1000:g}k' if n >= 1000 else f'{n}' for n in ticks])
     fig.update_yaxes(tickformat='+.2f')
     note = 'gain over one-shot with equal updates; whiskers: 95 % over seeds'
     finish(fig, title, note, 400, margin=dict(t=104, b=104))
