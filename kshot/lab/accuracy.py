@@ -7,10 +7,8 @@ __all__ = ['box_ranges', 'AccuracyExplorer']
 
 # %% ../../nbs/lab/40_accuracy.ipynb #bda4a1d6
 import html, math
-from collections.abc import Callable
 from typing import get_args
 import ipywidgets, numpy as np, pandas as pd
-import plotly.graph_objects as go
 from fastcore.basics import patch
 from ..figures import plot_accuracy, plot_rank, plot_shares
 from ..figures.accuracy import Distribution, accuracy_rows, cost_bins, op_at, op_shares

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import first, patch
 from fastprogress.fastprogress import format_time
 from IPython.display import HTML, display
-from torch import Tensor, nn
+from torch import nn
 from ..base.distributed import is_first, world
 from ..base.inputs import Input, map_tensors
 from ..evaluate import score_path

@@ -9,8 +9,7 @@ __all__ = ['EVENTS', 'answer_now', 'View']
 import threading
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
-import anywidget, ipywidgets, numpy as np, plotly.graph_objects as go, traitlets
+import anywidget, ipywidgets, plotly.graph_objects as go, traitlets
 from fastcore.basics import patch
 from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
