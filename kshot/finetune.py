@@ -73,6 +73,10 @@ class FineTuning:
     @property
     def device(self) -> torch.device: return next(self.supernet.parameters()).device
 
+    @property
+    def threads(self): # a context
+        return threads_for(self.batches[0][0] if self.batches else ())
+
 def _tracked(supernet:Supernet, names:Iterable[str]) -> dict[str, Tensor]: # statistics over all paths
     return {name: supernet.net.get_buffer(name).clone() for name in names}
 
@@ -87,8 +91,7 @@ def run(self:FineTuning,
         raise ValueError(f'{n_steps} steps after {self.n_done}, '
                          f'expected 0 to {len(self.batches)-self.n_done}: one a batch')
     loss_func = self.loss_func or ClassLoss(label_smoothing=.1)
-    threads = threads_for(self.batches[0][0] if self.batches else ())
-    with evaluating(self.supernet), torch.enable_grad(), _forked_rng(), threads:
+    with evaluating(self.supernet), torch.enable_grad(), _forked_rng(), self.threads:
         self.supernet.train()
         for x,y in pairs(self.batches[self.n_done:end], self.device):
             torch.manual_seed(self.seed + self.n_done) # the same, in however many calls
@@ -115,4 +118,6 @@ def score(self:FineTuning,
 ): # as `kshot.evaluate.score_path`
     "Score the path as it is now; `ValueError` as in `kshot.evaluate.accuracy_loss`."
     on_device = pairs(batches, self.device)
-    return accuracy_loss(self.forward(calibration), on_device, False, self.loss_func, metric)
+    with self.threads:
+        forward = self.forward(calibration)
+        return accuracy_loss(forward, on_device, False, self.loss_func, metric)

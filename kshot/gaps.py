@@ -68,7 +68,7 @@ def _rows_of(tuning, steps:Sequence[int], valid, calibration, metric) -> list[di
     rows = []
     for n in (0, *steps):
         tuning.run(n - tuning.n_done)
-        scores, losses = _score(tuning, valid, calibration, metric)
+        with tuning.threads: scores, losses = _score(tuning, valid, calibration, metric)
         if not math.isfinite(scores.loss):
             loss = f'path {tuning.path} has loss {scores.loss} after {n} steps'
             raise ValueError(f'{loss}, expected a finite number: lower the learning rate')
