@@ -134,14 +134,14 @@ class Budget:
     "What the best path may cost."
     max_macs:float|None=None   # most multiply-accumulates, such as 330M; by default without a limit
     max_params:float|None=None # most parameters, such as 5M; by default without a limit
-    max_latency:float|None=None # longest latency on --device, in milliseconds; by default without a limit
+    max_latency_ms:float|None=None # longest latency on --device, in milliseconds; by default without a limit
     device:str|None=None       # device of the latency (kshot tables show lists them)
 
     def __post_init__(self):
-        if self.max_latency and not self.device:
-            raise ValueError(f'a budget of {self.max_latency} ms, expected also its device')
+        if self.max_latency_ms and not self.device:
+            raise ValueError(f'a budget of {self.max_latency_ms} ms, expected also its device')
 
     def limits(self) -> dict[str, float]: # cost -> the largest that is allowed
         "Return the limits that are set."
-        limits = dict(macs=self.max_macs, n_params=self.max_params, latency_ms=self.max_latency)
+        limits = dict(macs=self.max_macs, n_params=self.max_params, latency_ms=self.max_latency_ms)
         return {name: most for name,most in limits.items() if most is not None}

@@ -129,7 +129,7 @@ BAD_VALUES = [
     (launch.train, ['--codes', 'simplx'], "'simplx', expected simplex"),
     (launch.train, ['--max_macs', 'inf'], 'max_macs=inf, expected a number that is finite'),
     (launch.search, ['--algorithm', 'nsga'], "--algorithm: 'nsga', expected"),
-    (launch.search, ['--max_latency', 5], 'a budget of 5.0 ms, expected also its device'),
+    (launch.search, ['--max_latency_ms', 5], 'a budget of 5.0 ms, expected also its device'),
     (launch.retrain, ['--recipe', 'mid'], "--recipe: 'mid', expected")]
 
 BAD_QUESTIONS = [

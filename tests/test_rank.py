@@ -113,7 +113,7 @@ def test_latency_is_a_budget(data, rank, home, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv('KSHOT_DATA', str(home/'data'))
     rank('nb201', '--n_paths', '10')
     search = ['--name', 'run/seed_0', '--runs', str(tmp_path), '--n_paths', '20', '--algorithm', 'random',
-              '--max_latency', '15']
+              '--max_latency_ms', '15']
     launch.search([*search, '--device', 'pixel2', '--json'])
     assert json.loads(capfd.readouterr().out.splitlines()[-1])['latency_ms'] <= 15
     latencies = true_latencies(data, 'pixel2')

@@ -143,7 +143,7 @@ def _rank(folder, is_trained, config, seeds, question, scoring) -> tuple: # rank
     'first --max_macs 500K': 'within a limit of multiply-accumulates',
     'first --refine 20': 'let the 20 best paths train on by themselves, then choose',
     'first --algorithm exhaustive --n_paths 625': 'every path of the digits space',
-    'nb201 --max_latency 5 --device pixel3': 'within a measured latency'})
+    'nb201 --max_latency_ms 5 --device pixel3': 'within a measured latency'})
 def search(
     name:str='run',      # name of a trained run
     runs:FilePath=FilePath('runs'), # folder of runs
