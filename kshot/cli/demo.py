@@ -26,11 +26,9 @@ def demo(
     seed:int=0,          # seed of everything random
 ):
     "Train K-shot and one-shot supernets on digits, rank, search, retrain; repeat to resume."
-    from kshot.cli.work import set_threads
     from kshot.record import write_run
     started = time.monotonic()
     folder = run_folder(runs, name)
-    set_threads({})
     record = _demo_record(folder, dict(K=K, quick=quick, seed=seed))
     if not record['results']:
         record['results'] = _run_demo(folder, **record['config'])

@@ -71,14 +71,13 @@ def train(
     **config,
 ):
     "Train K-shot supernets; repeat the command to resume after the last complete epoch."
-    from kshot.cli.work import closing, set_threads, try_report
+    from kshot.cli.work import closing, try_report
     from kshot.config import Config
     from kshot.record import has_run
     from kshot.runs import train_run
     folder = find_run(runs, name) if resume else run_folder(runs, name)
     if resume: check_same(folder, read_run(folder)['config'], config)
     else: config = begin_from(runs, config)
-    set_threads(read_run(folder)['config'] if resume else config)
     config = Config(**config)
     resume = resume or has_run(folder, config)
     try: train_run(config, folder, resume)
@@ -108,8 +107,8 @@ def rank(
     **config,
 ):
     "Train supernets, score their paths, rank them against a table; repeat the command to resume."
-    from kshot.cli.work import (check_gaps, closing, gaps_text, has_truth, rank_text, set_threads,
-                                truth_of, try_report)
+    from kshot.cli.work import (check_gaps, closing, gaps_text, has_truth, rank_text, truth_of,
+                                try_report)
     folder = run_folder(runs, name)
     config = begin_from(runs, config)
     is_trained = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
@@ -117,7 +116,6 @@ def rank(
     if gaps: check_gaps(truth, known['space'], is_trained)
     is_known = not gaps or has_truth(truth, known['space'])
     question = truth_of(truth, known['space']) if is_known else None
-    set_threads(known)
     if is_trained: check_same(folder, known | dict(seeds=1), config | dict(seeds=seeds))
     scoring = dict(n_calibration=n_calibration, bf16=bf16_scores, progress=True)
     frame, ranked = _rank(folder, is_trained, config, seeds, question, scoring)
@@ -157,10 +155,9 @@ def search(
     budget:Budget=Budget(), # what the best path may cost
 ):
     "Search a trained run for its best path; repeat the command to resume, or to share the work."
-    from kshot.cli.work import closing, set_threads, try_report
+    from kshot.cli.work import closing, try_report
     from kshot.jobs import search_run
     folder = find_run(runs, name)
-    set_threads(read_run(folder)['config'])
     if storage and '://' not in storage:
         raise ValueError(f'storage {storage!r}, expected a URL like postgresql://USER@HOST/NAME')
     search_run(folder, n_paths, algorithm, budget, seed, n_calibration, storage, True, refine, score)
@@ -196,11 +193,10 @@ def retrain(
     seed:int=0,          # seed of weights, order and augmentation
 ):
     "Train one path alone, save it as RUNS/NAME/subnet.safetensors; repeat the command to resume."
-    from kshot.cli.work import closing, set_threads
+    from kshot.cli.work import closing
     from kshot.jobs import retrain_run
     from kshot.rank import measure_of
     folder = find_run(runs, name)
-    set_threads(read_run(folder)['config'])
     result = retrain_run(folder, path, recipe, epochs or 0, bs or 0, seed, progress=True)
     measure = measure_of(result)
     text = (f'{result["path"]} alone: {result[f"{measure}_alone"]:.3f} on the test split, '

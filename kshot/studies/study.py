@@ -22,7 +22,6 @@ from ..base.progress import Progress
 from ..benchmark import get_benchmark
 from ..checkpoint import TrainingStopped
 from ..cli.command import refuse_word
-from ..cli.work import set_threads
 from ..config import Config, space_of
 from ..evaluate import score_columns
 from ..figures import plot_effects, plot_heuristic, plot_metrics
@@ -227,12 +226,11 @@ def queue(
 def work(
     folder:FilePath,     # of a study
     progress:bool=False, # show a progress bar?
-    threads:int=0,       # of torch; 0: as in `kshot train`, by the first row
+    threads:int=0,       # of torch; 0: as many as suit the inputs
 ):
     "Run rows of a study until each is done or held by another worker."
     rows = study_rows(folder)
     if threads: torch.set_num_threads(threads)
-    else: set_threads(rows[0].settings)
     def score(path): # a search wants a number
         return 1. if run_row(rows[path[0]], folder) else 0.
     queue(folder).run(score, len(rows), 'exhaustive', progress=progress)
