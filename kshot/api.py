@@ -9,8 +9,9 @@ __all__ = ['Found', 'find_path', 'Benchmark', 'Block', 'Chain', 'Cost', 'Simplex
            'training_batches']
 
 # %% ../nbs/90_api.ipynb #90a00005
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import nn
@@ -55,18 +56,21 @@ def find_path(
     n_paths:int=200,   # paths to try
     algorithm:Algorithm='tpe', # how to choose the next path
     truth:pd.DataFrame|None=None, # index path, a column of accuracies per seed, as `kshot.tables.get_truth`
+    loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy
+    metric:Any=None,   # `metric(out, y)`, of which more is better; None: accuracy
     seed:int=0,        # of sampling and searching
     progress:bool=True, # show bars?
-    **kwargs,          # of `kshot_learner`, such as `loss_func`, `metrics` and `branch`
+    **kwargs,          # of `kshot_learner`, such as `branch`
 ) -> Found:
     "Train supernets, search them for their best path, and rank their paths if there is a truth."
     branch = .2 if K > 1 else ()
-    learn = kshot_learner(net, space, dls, K, **dict(branch=branch, seed=seed, lr=lr) | kwargs)
+    usual = dict(branch=branch, seed=seed, lr=lr, loss_func=loss_func, metrics=metric)
+    learn = kshot_learner(net, space, dls, K, **usual | kwargs)
     with nullcontext() if progress else learn.no_bar(): learn.fit(epochs, cbs=cosine(lr))
     valid = held(dls.valid)
     calibration = training_batches(dls.train, 4)
     codes = learn.k_shot.codes
-    own = dict(loss_func=kwargs.get('loss_func'))
+    own = dict(loss_func=loss_func, metric=metric)
     def score(path):
         with torch.no_grad(): code, = codes([path])
         return -score_path(learn.model, path, code, valid, calibration, **own).loss

@@ -43,8 +43,13 @@ def summary_of(
 # %% ../../nbs/cli/75_overview.ipynb #609959b1
 def _summaries(runs:FilePath) -> Iterator[dict]: # of all runs in a folder, and of the runs in each
     for name in runs_in(runs):
-        yield summary_of(runs/name, name)
-        for part in runs_in(runs/name): yield summary_of(runs/name/part, f'{name}/{part}')
+        yield _summary_or_not(runs, name)
+        for part in runs_in(runs/name): yield _summary_or_not(runs, f'{name}/{part}')
+
+def _summary_or_not(runs:FilePath, name:str) -> dict: # one damaged run hides no other
+    try: return summary_of(runs/name, name)
+    except ValueError:
+        return dict(name=name, space='', K=None, state='cannot be read') | _measured({})
 
 def _cells(row:Mapping) -> dict[str, str]: # heading -> text
     tau = '' if row['tau'] is None else f'{row["tau"]:.3f}'
