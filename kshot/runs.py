@@ -112,6 +112,7 @@ class ProgressLines(Callback):
     ):
         self.checkpoint = checkpoint
         self.is_shown = is_shown
+        self.bar = None # before the training
 
     def before_fit(self):
         n_before = self.checkpoint.start*len(self.dls.train)
@@ -125,7 +126,9 @@ class ProgressLines(Callback):
         if self.epoch < self.checkpoint.start: return
         self.bar.write(epoch_line(self.checkpoint.log[-1], self.n_epoch))
 
-    def after_fit(self): self.bar.close()
+    def close(self):
+        "Remove the bar, also after an error."
+        if self.bar: self.bar.close()
 
 # %% ../nbs/85_runs.ipynb #53796b24
 def train_run(
@@ -150,7 +153,9 @@ def train_run(
         if not (is_shown and is_notebook()): # there fastai shows bars and a table
             stack.enter_context(learn.no_bar())
             stack.enter_context(learn.no_logging())
-            cbs = [ProgressLines(cb, is_shown), *L(cbs)]
+            lines = ProgressLines(cb, is_shown)
+            stack.callback(lines.close)
+            cbs = [lines, *L(cbs)]
         learn.fit(config.epochs, cbs=[schedule_of(config), cb, *L(cbs)])
         if is_first(): _note_training(folder, config, learn, cb)
         agree('done', 'the end')() # the others return when the first process has written
@@ -270,17 +275,17 @@ def _score(self:_Scoring, left:list, progress:bool):
     cost = cost_of(self.config, learn.dls)
     valid = held(learn.dls.valid)
     batches = learn.dls.train.fixed(n, shard=self.shard) if n else None
-    bar = Progress('scoring paths', len(left), progress)
-    for i in range(0, len(left), 500):
-        chunk = left[i:i+500]
-        def count(n): bar.update(i+n)
-        scores = score_paths(learn.model, learn.k_shot.codes, self.space, chunk, valid, batches,
-                             self.settings['bf16'], self.shard.size > 1, progress=count,
-                             **get_benchmark(self.config.space).scoring)
-        macs, n_params = cost(chunk).T
-        about = dict(macs=macs, n_params=n_params, K=self.config.K, seed=self.config.seed)
-        self._add(scores.assign(**about))
-    bar.close()
+    scoring = get_benchmark(self.config.space).scoring
+    def score(chunk, count):
+        return score_paths(learn.model, learn.k_shot.codes, self.space, chunk, valid, batches,
+                           self.settings['bf16'], self.shard.size > 1, progress=count, **scoring)
+    with Progress('scoring paths', len(left), progress) as bar:
+        for i in range(0, len(left), 500):
+            chunk = left[i:i+500]
+            def count(n): bar.update(i+n)
+            macs, n_params = cost(chunk).T
+            about = dict(macs=macs, n_params=n_params, K=self.config.K, seed=self.config.seed)
+            self._add(score(chunk, count).assign(**about))
 
 @patch
 def _add(self:_Scoring, scores:pd.DataFrame):

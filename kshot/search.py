@@ -8,7 +8,7 @@ __all__ = ['PATIENCE', 'ENUMERABLE', 'ALGORITHMS', 'Search', 'watching', 'make_s
 # %% ../nbs/64_search.ipynb #a51b7a26
 import math, os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
 from typing import NamedTuple
@@ -352,9 +352,10 @@ def run(self:Search,
     "Score paths until `n` are done or none is left; `ValueError` as in `candidates` and `finish`."
     if algorithm not in ALGORITHMS:
         raise ValueError(f'algorithm {algorithm!r}, expected one of {", ".join(ALGORITHMS)}')
-    with quiet_optuna(), self._as_worker() as worker, watching(self, n, progress) as show:
+    with quiet_optuna(), self._as_worker() as worker, ExitStack() as stack:
         self.n_wanted = n
-        self.sync()
+        self.sync() # before the view opens: what was scored earlier took none of its time
+        show = stack.enter_context(watching(self, n, progress))
         tries = self._start(algorithm, None if seed is None else [seed, worker])
         def draw(): return next(filter(self.take, tries()), None)
         def goes_on():
@@ -389,7 +390,8 @@ def watching(
         with progress if hasattr(progress, '__exit__') else nullcontext():
             yield lambda: progress(search)
     else:
-        with Progress('scoring paths', n, progress) as bar:
+        n_before = min(search.n_done, n)
+        with Progress('scoring paths', n, progress, n_before) as bar:
             yield lambda: bar.update(min(search.n_done, n))
 
 # %% ../nbs/64_search.ipynb #f053ade5

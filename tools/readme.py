@@ -42,7 +42,7 @@ def gains(
     import pandas as pd
     from kshot.rank import paired_gain
     rows = pd.DataFrame(json.loads((root/'results'/'k_pays.json').read_text())['rows'])
-    rows = rows[(rows.lr == .05) & rows.lean.isna() & (rows.codes == 'simplex')]
+    rows = rows[(rows.lr == .05) & rows.begins_by.isna() & (rows.codes == 'simplex')]
     found = []
     for (space,updates),runs in rows.groupby(['space', 'updates']):
         one = runs[runs.K == 1].set_index('seed')

@@ -19,10 +19,11 @@ _usual = torch.get_num_threads()
 def is_small(
     x:Input, # a batch
 ) -> bool:   # `SMALL` numbers an example or fewer, on the CPU?
-    "Say whether examples are too small for several threads."
-    tensors = tensors_in(x)
-    sizes = [t[:1].numel() for t in tensors if t.ndim]
-    return all(t.device.type == 'cpu' for t in tensors) and 0 < sum(sizes) <= SMALL
+    "Say whether examples are too small for several threads; ids, such as those of words, never are."
+    tensors = [t for t in tensors_in(x) if t.ndim]
+    numbers = sum(t[:1].numel() for t in tensors)
+    are_plain = all(t.device.type == 'cpu' and t.is_floating_point() for t in tensors)
+    return are_plain and 0 < numbers <= SMALL
 
 @contextmanager
 def keep_threads() -> Iterator[None]:

@@ -201,6 +201,8 @@ def make_parser(
     for record in [*_records(f).values(), *_lineage(options)]:
         group = parser.add_argument_group(_title(record))
         for option in record_options(record): add_option(group, option, space=space)
+        if record not in _records(f).values(): # a function learns which of these were typed
+            for action in group._group_actions: action.default = argparse.SUPPRESS
     shapes = {None: '{}', '?': '[{}]', '+': '{} ...'}
     places = [shapes[a.nargs].format(a.dest) for a in parser._positionals._group_actions]
     parser._optionals._group_actions[0].help = 'Show this help.'
@@ -211,8 +213,8 @@ def _title(record:type) -> str: # the beginning of its docstring
     return (record.__doc__ or '').partition(';')[0].partition(':')[0].rstrip('.').lower()
 
 # %% ../../nbs/cli/10_command.ipynb #9539f7dd
-_MEMORY = ('the GPU has too little memory: reduce --bs (or use more processes), --px, --channels '
-           'or --K; finished work is kept')
+_MEMORY = ('the GPU has too little memory: use more processes, or start a run of another name with a '
+           'smaller --bs, --px, --channels or --K; finished work is kept')
 
 def _one_line(error:BaseException|str) -> str: return ' '.join(str(error).split())
 
@@ -306,7 +308,7 @@ def _space_of(argv:list[str], default:str) -> str: # that the command line names
 def command(
     f:Callable|None=None, # returns a JSON-able result, a text and, unless 0, an exit code
     n_places:int=0,       # how many of its first arguments are given by position
-    options:type|None=None, # dataclass whose fields are passed as `**kwargs`
+    options:type|None=None, # dataclass; those of its fields that are typed are passed as `**kwargs`
     examples:dict[str, str]={}, # arguments -> what they do; they end the help
     alone:bool=False,     # refuse to run in several processes?
     of:str='',            # the command that this is a subcommand of

@@ -8,7 +8,6 @@ __all__ = ['check_same', 'begin_from', 'train', 'rank', 'search', 'retrain', 'ex
 # %% ../../nbs/cli/30_launch.ipynb #3b001c29
 import os, shlex, sys
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path as FilePath
 from ..base.files import StopSignal
 from .command import command
@@ -16,31 +15,28 @@ from ..folders import find_run, read_run, run_folder
 from ..settings import Algorithm, Budget, RecipeName, ScoreName, Settings, Truth
 
 # %% ../../nbs/cli/30_launch.ipynb #ce35d4b7
-_USUAL = {field.name: field.default for field in fields(Settings)} | dict(seeds=1)
-
 def check_same(
     folder:FilePath, # of a run
     config:Mapping,  # that the run has
-    wanted:Mapping,  # that the command line gives
+    wanted:Mapping,  # that were typed
 ):
-    "Raise `ValueError` if a setting is given and differs from the run's own."
+    "Raise `ValueError` if a setting was typed and differs from the run's own."
     for name,value in wanted.items():
         has = config.get(name)
-        if value not in (has, _USUAL[name]):
+        if value != has:
             holds = f'folder {str(folder)!r} holds a run with {name}={has!r}'
             raise ValueError(f'{holds}, expected {name}={value!r}: choose another name')
 
 # %% ../../nbs/cli/30_launch.ipynb #5b117e01
 def begin_from(
     runs:FilePath,  # folder of runs
-    config:Mapping, # that the command line gives
+    config:Mapping, # that were typed
 ) -> dict:          # of the new run
-    "Take the settings of the run that `from_` names, unless others are given, and branch at once."
-    if not config['from_']: return dict(config)
+    "Take the settings of the run that `from_` names, unless others were typed, and branch at once."
+    if not config.get('from_'): return dict(config)
     folder = find_run(runs, config['from_'])
     own = read_run(folder)['config']
-    given = {name: value for name,value in config.items() if value != _USUAL[name]}
-    return own | dict(branch='0') | given | dict(K=config['K'], from_=str(folder))
+    return own | dict(branch='0', K=Settings.K) | config | dict(from_=str(folder))
 
 # %% ../../nbs/cli/30_launch.ipynb #aac4c014
 def _how_to_resume(name:str, runs:FilePath) -> str:
@@ -76,8 +72,8 @@ def train(
     from kshot.record import has_run
     from kshot.runs import train_run
     folder = find_run(runs, name) if resume else run_folder(runs, name)
+    config = begin_from(runs, config)
     if resume: check_same(folder, read_run(folder)['config'], config)
-    else: config = begin_from(runs, config)
     config = Config(**config)
     resume = resume or has_run(folder, config)
     try: train_run(config, folder, resume)
@@ -107,33 +103,36 @@ def rank(
     **config,
 ):
     "Train supernets, score their paths, rank them against a table; repeat the command to resume."
-    from kshot.cli.work import (check_gaps, closing, gaps_text, has_truth, rank_text, truth_of,
-                                try_report)
+    from kshot.cli.work import (check_gaps, closing, gaps_text, has_truth, measure_word, rank_text,
+                                truth_of, try_report)
     folder = run_folder(runs, name)
     config = begin_from(runs, config)
     is_trained = (folder/'run.json').exists() and 'train' in read_run(folder)['results']
     known = read_run(folder)['config'] if is_trained else config
-    if gaps: check_gaps(truth, known['space'], is_trained)
-    is_known = not gaps or has_truth(truth, known['space'])
-    question = truth_of(truth, known['space']) if is_known else None
+    space = known.get('space', Settings.space)
+    if gaps: check_gaps(truth, space, is_trained)
+    is_known = not gaps or has_truth(truth, space)
+    question = truth_of(truth, space) if is_known else None
     if is_trained: check_same(folder, known | dict(seeds=1), config | dict(seeds=seeds))
     scoring = dict(n_calibration=n_calibration, bf16=bf16_scores, progress=True)
     frame, ranked = _rank(folder, is_trained, config, seeds, question, scoring)
-    texts = [] if frame is None else [rank_text(frame, question)]
+    texts = [] if frame is None else [rank_text(frame, question, measure_word(space))]
     if gaps: texts.append(gaps_text(ranked, question, n_calibration))
     page = try_report(folder, ranked, question, f'kshot: {name}')
     first = name if is_trained or seeds == 1 else f'{name}/{next(iter(ranked))}'
     result = read_run(folder)['results']['gaps' if frame is None else 'rank']
     return result, '\n\n'.join([*texts, closing(page, f'kshot search {first}')])
 
+# %% ../../nbs/cli/30_launch.ipynb #30f0c002
 def _rank(folder, is_trained, config, seeds, question, scoring) -> tuple: # ranking, name -> folder of a run
     from kshot.config import Config
     from kshot.jobs import rank_run, rank_seeds
     if is_trained:
         frame = None if question is None else rank_run(folder, question, **scoring)
         return frame, {folder.name: folder}
-    frame = rank_seeds(Config(**config), folder, question, seeds, **scoring)
-    names = [f'seed_{seed}' for seed in range(config['seed'], config['seed']+seeds)]
+    config = Config(**config)
+    frame = rank_seeds(config, folder, question, seeds, **scoring)
+    names = [f'seed_{seed}' for seed in range(config.seed, config.seed+seeds)]
     return frame, {name: folder/name for name in names}
 
 # %% ../../nbs/cli/30_launch.ipynb #8f818bae

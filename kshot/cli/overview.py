@@ -42,9 +42,9 @@ def summary_of(
 
 # %% ../../nbs/cli/75_overview.ipynb #609959b1
 def _summaries(runs:FilePath) -> Iterator[dict]: # of all runs in a folder, and of the runs in each
-    for name in runs_in(runs):
-        yield _summary_or_not(runs, name)
-        for part in runs_in(runs/name): yield _summary_or_not(runs, f'{name}/{part}')
+    for folder in sorted(filter(FilePath.is_dir, runs.glob('*'))): # a study has no record of its own
+        if (folder/'run.json').exists(): yield _summary_or_not(runs, folder.name)
+        for part in runs_in(folder): yield _summary_or_not(runs, f'{folder.name}/{part}')
 
 def _summary_or_not(runs:FilePath, name:str) -> dict: # one damaged run hides no other
     try: return summary_of(runs/name, name)

@@ -16,7 +16,7 @@ import torch
 from .. import figures
 from ..base.files import read_log
 from ..config import Config, space_of
-from ..figures.look import label_of, scorer_labels, word_of
+from ..figures.look import label_of, scorer_labels, scorer_words, word_of
 from ..figures.page import write_report
 from ..gaps import Gaps
 from ..figures.runs import rung_columns
@@ -80,18 +80,17 @@ def _rank_sections(ranked:_Ranked|None, question:dict|None) -> list[tuple]:
     taus = by_scorer[['tau', 'low', 'high']].to_dict('index')
     scatter = figures.plot_rank(all_scores, taus=taus, by='name')
     bars = figures.plot_protocol(brief(protocol).set_index('scorer'), scorer_labels(scores))
-    return [('Ranking', text, scatter, bars, _table(protocol, scores)),
+    return [('Ranking', text, scatter, bars, _table(protocol, word)),
             (heading, figures.plot_accuracy(all_scores, by='name'))]
 
 _COLUMNS = dict(tau='tau', low='low', high='high', spearman='Spearman', top_tau='top 10 %',
                 regret_n='regret', surpass_random='beats random')
 
-def _table(protocol:pd.DataFrame, scores:dict) -> pd.DataFrame: # with the names that figures have
+def _table(protocol:pd.DataFrame, measure:str) -> pd.DataFrame: # in words
     table = brief(protocol).reset_index(drop=True)
-    names = scorer_labels(scores)
-    labels = [label_of(scorer, names) for scorer in table.scorer]
+    labels = table.scorer.map(scorer_words(protocol.scorer, measure))
     numbers = table.reindex(columns=[*_COLUMNS]).rename(columns=_COLUMNS).round(3)
-    return pd.concat([pd.Series(labels, name='score'), numbers], axis=1)
+    return pd.concat([labels.rename('score'), numbers], axis=1)
 
 # %% ../../nbs/cli/20_report.ipynb #20a90001
 def _gaps_sections(runs:Runs) -> list[tuple]:
@@ -193,11 +192,12 @@ def _ranking_words(ranked:_Ranked) -> str:
 def _training_words(folder:FilePath) -> str:
     record = read_run(folder)
     config = record['config']
-    supernets = 'one supernet' if config['K'] == 1 else f'{config["K"]} supernets'
+    supernets = f'{config["K"]} supernet{"s"*(config["K"] > 1)}'
     trained = record['results'].get('train')
     if not trained: return f'{folder.name}: the training of {supernets} has not ended.'
     return f'{folder.name}: {supernets}, {trained["epoch"]} epochs, loss {trained["loss"]:.3f}.'
 
+# %% ../../nbs/cli/20_report.ipynb #20a1b005
 def _summary(runs:Runs, ranked:_Ranked|None) -> list[str]: # sentences
     lines = [_ranking_words(ranked)] if ranked else [*map(_training_words, runs.values())][:3]
     for name,folder in runs.items():
