@@ -63,8 +63,7 @@ def find_path(
     **kwargs,          # of `kshot_learner`, such as `branch`
 ) -> Found:
     "Train supernets, search them for their best path, and rank their paths if there is a truth."
-    branch = .2 if K > 1 else ()
-    usual = dict(branch=branch, seed=seed, lr=lr, loss_func=loss_func, metrics=metric)
+    usual = dict(seed=seed, lr=lr, loss_func=loss_func, metrics=metric)
     learn = kshot_learner(net, space, dls, K, **usual | kwargs)
     with nullcontext() if progress else learn.no_bar(): learn.fit(epochs, cbs=cosine(lr))
     valid = held(dls.valid)

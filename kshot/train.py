@@ -549,7 +549,7 @@ def kshot_learner(
     codes:nn.Module|None=None, # paths -> codes, moved in place; None: a `SimplexNet`
     sampler:str|UniformSampler|Callable[[Learner], UniformSampler]='uniform', # its name, itself, or its maker
     seed:int=0,      # of a sampler given by name
-    branch:float|Sequence[float]=(), # shares of training at which one supernet becomes K; none: K own draws
+    branch:float|Sequence[float]=.2, # shares of training at which one supernet becomes K; (): K own draws
     opt_func:Callable[..., OptimWrapper]=sgd, # optimizer of the banks, as `sgd` or `torch_optimizer`
     loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy with smoothing .1
     metrics:Callable|Sequence|None=None, # of fastai, or `metric(out, y)`; None: accuracy of a cross-entropy

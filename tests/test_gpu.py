@@ -96,7 +96,7 @@ def test_training_and_scoring(gpu, kind):
 
 def test_what_is_extracted(gpu):
     space, dls = get_space('digits'), digits_data()
-    learn = kshot_learner(digits_net(), space, dls, K=2)
+    learn = kshot_learner(digits_net(), space, dls, K=2, branch=())
     path = space.parse('2342')
     with torch.no_grad():
         code, = learn.k_shot.codes([path])

@@ -137,7 +137,7 @@ class StopAfter(Callback):
         if self.epoch+1 == self.n: raise CancelFitException
 
 def fit(kind, epochs, *cbs, seed=0):
-    learn = kshot_learner(make(kind, seed), kind.space, data_of(kind), 2, warmup=0., n_paths=3,
+    learn = kshot_learner(make(kind, seed), kind.space, data_of(kind), 2, branch=(), warmup=0., n_paths=3,
                           loss_func=kind.loss_func, metrics=kind.metric)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=[cosine(kind.lr), *cbs])
     return learn

@@ -57,7 +57,7 @@ class Fixed:
 def plain_sgd(groups, lr): return torch_optimizer(groups, lr, torch.optim.SGD, 0.)
 
 def fit(net, dls, epochs=1, cbs=(), lr=.1, **kwargs):
-    kwargs = dict(space=Fixed.space, K=1, sampler=Fixed((1,)), opt_func=plain_sgd) | kwargs
+    kwargs = dict(space=Fixed.space, K=1, branch=(), sampler=Fixed((1,)), opt_func=plain_sgd) | kwargs
     learn = kshot_learner(net, kwargs.pop('space'), dls, **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=[*cbs])
     return learn
@@ -494,7 +494,7 @@ class Deep(nn.Module):
 
 def deep_fit(folder, epochs=1, cbs=(), seed=0, **kwargs):
     torch.manual_seed(seed)
-    kwargs = dict(K=3, sampler='uniform', warmup=0., n_paths=1, lr_codes=.1) | kwargs
+    kwargs = dict(K=3, branch=(), sampler='uniform', warmup=0., n_paths=1, lr_codes=.1) | kwargs
     learn = kshot_learner(Deep(), SPACE, of_tensors(randn(6), torch.arange(N) % 6), **kwargs)
     learn.path = folder
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, .1, cbs=[*cbs])
@@ -694,7 +694,8 @@ def test_buffers_that_training_moves_survive_to_the_bit(tmp_path, track_bn):
     for name in ('mean', 'count', 'queue', 'first'): assert f'stats/blocks.0.1.{name}' in saved
     assert ('stats/head.1.running_mean' in saved) == track_bn
     torch.manual_seed(3)
-    other = kshot_learner(moving(), Fixed.space, tensors(), K=2, track_bn=track_bn, sampler=Fixed((1,)))
+    again = dict(K=2, branch=(), track_bn=track_bn, sampler=Fixed((1,)))
+    other = kshot_learner(moving(), Fixed.space, tensors(), **again)
     load_model(other, *load_newest(tmp_path/'whole'))
     x = randn(5)
     code = torch.tensor([.3, .7])
