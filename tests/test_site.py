@@ -274,15 +274,34 @@ def test_python_blocks_parse():
     for p in TEXTS:
         for block in blocks(p, 'python'): ast.parse(block)
 
+def files_of(
+    contents:list, # of a sidebar
+) -> list[str]:    # its pages
+    "The pages of a sidebar, with those of its sections."
+    parts = (files_of(o['contents']) if isinstance(o, dict) else [o] for o in contents)
+    return [fname for part in parts for fname in part]
+
 def test_sections():
-    sidebar = CFG['website']['sidebar']['contents']
-    sections = [o['section'] for o in sidebar if isinstance(o, dict)]
-    assert sections == 'Start Learn Do API Results Papers'.split()
-    hrefs = [o['href'] for o in CFG['website']['navbar']['left']]
-    assert all((NBS/h).exists() for h in hrefs) and len(set(hrefs)) == len(hrefs)
+    "Quarto marks the entry of the navbar whose page is in the sidebar shown, which the page's section has."
+    site = CFG['website']
+    sections = [(o['id'], o['title'], files_of(o['contents'])) for o in site['sidebar']]
+    entries = [(o['text'], o['href']) for o in site['navbar']['left']]
+    assert [text for text,_ in entries] == 'Start Learn Do API Results Papers'.split()
+    for (text,href),(key,title,files) in zip(entries, sections, strict=True):
+        assert key == title.lower() and title == text and href in files
+    files = [fname for *_,own in sections for fname in own]
+    assert sorted(files) == sorted(map(name, PAGES)), 'every page is in one sidebar'
+    assert (NBS/site['favicon']).is_file()
     html = CFG['format']['html']
-    assert CFG['website']['search'] and html['html-math-method'] == 'mathml'
+    assert site['search'] and html['html-math-method'] == 'mathml'
     assert set(html['theme']) == {'light', 'dark'}
+
+def test_not_found():
+    "The page for a wrong address, which is served from any depth, leads to pages from the root."
+    text = (NBS/'404.qmd').read_text()
+    targets = [m[3] for m in LINK.finditer(text)]
+    assert 'index.ipynb' in text and len(targets) > 3
+    for target in targets: assert target.startswith('/') and (NBS/target[1:]).is_file(), target
 
 def test_nothing_is_fetched_for_the_looks():
     html = CFG['format']['html']
@@ -362,7 +381,7 @@ def test_staging(tmp_path):
     proc = stage(copy_tree(tmp_path/'tree'), '--n_workers', '2')
     staged = sorted(p.relative_to(proc).as_posix() for p in proc.rglob('*.ipynb'))
     assert staged == sorted(map(name, PAGES))
-    looks = 'styles.css light.scss dark.scss figures.html images/k_pays.png'
+    looks = '404.qmd styles.css light.scss dark.scss figures.html images/k_pays.png images/favicon.svg'
     for f in ('_quarto.yml', 'nbdev.yml', *looks.split()):
         assert (proc/f).is_file(), f
     assert check_staged(proc, PAGES)['doclinks'] > 200
