@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat, pytest, yaml
 from conftest import ROOT, copy_tree
-from staged import NO_WIDGET, PLOTLY, WIDGET, convert, main
+from staged import FOLDED, NO_WIDGET, PLOTLY, WIDGET, convert, fold_tests, main
 
 from kshot.cli.main import ROOMS as COMMANDS
 from kshot.cli.main import find_command
@@ -309,6 +309,16 @@ def test_nothing_is_fetched_for_the_looks():
     for f in (*themes, html['css'], html['include-after-body']):
         assert not re.search(r'https?:|@import|url\(', (NBS/f).read_text()), f
 
+def test_results_begin_with_a_summary():
+    "A row for each section of the page, in order, with a link that leads there."
+    page = NBS/'results.ipynb'
+    texts = [''.join(d.get('text/markdown', '')) for d in data_of(dict(cells=cells(page)))]
+    summary = next(text for text in texts if text.startswith('| question |'))
+    sections = re.findall(r'^## +(.+)$', text_of(page), re.M)
+    rows = re.findall(r'^\| .+\? \| .*\d.* \| \[(.+)\]\(#(.+)\) \|$', summary, re.M)
+    assert rows == [(section, slug(section)) for section in sections]
+    assert len(rows) == summary.count('\n')-1
+
 def data_of(nb) -> list[dict]:
     return [o['data'] for c in nb['cells'] for o in c.get('outputs', []) if 'data' in o]
 
@@ -340,6 +350,23 @@ def test_quarto_gets_what_it_can_show(tmp_path):
     nbformat.validate(nbformat.read(tmp_path/'tutorials'/page.name, 4))
     js = (tmp_path/'figures.js').read_text()
     assert js.count('kshotTemplates = {light: {') == 1 and 'plotly.js v' in js[:200]
+
+def test_tests_are_folded(tmp_path):
+    "What only tests is folded in the page of a module, by options that Quarto reads at the top of a cell."
+    code = ['mix(bank, code)', '#| eval: false\ntest_eq(1, 1)', 'for k in x:\n    assert k', 'print(1) # no assert',
+            'refuses(f)', 'shown = assert_frame_equal(a, b)']
+    cells = [nbformat.v4.new_code_cell(text) for text in code]
+    shows = nbformat.v4.new_output('stream', text='1')
+    cells.append(nbformat.v4.new_code_cell('assert True\nprint(1)', outputs=[shows]))
+    cells.append(nbformat.v4.new_markdown_cell('assert'))
+    for fname in '10_room.ipynb', 'tutorial.ipynb': nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/fname)
+    main(tmp_path)
+    room, tutorial = (nbformat.read(tmp_path/f, 4) for f in ('10_room.ipynb', 'tutorial.ipynb'))
+    is_folded = [cell.source.startswith(FOLDED) for cell in room.cells]
+    assert is_folded == [False, True, True, False, True, True, False, False]
+    assert room.cells[1].source == FOLDED+code[1]
+    assert not fold_tests(room), 'a second time changes nothing'
+    assert [cell.source for cell in tutorial.cells] == [cell.source for cell in cells]
 
 def stage(
     tree:Path, # copy of the project
@@ -385,3 +412,11 @@ def test_staging(tmp_path):
     for f in ('_quarto.yml', 'nbdev.yml', *looks.split()):
         assert (proc/f).is_file(), f
     assert check_staged(proc, PAGES)['doclinks'] > 200
+    main(proc)
+    for page in map(ROOMS.get, ('nets/sharing', 'rank')):
+        staged = json.loads((proc/name(page)).read_text())['cells']
+        texts = [''.join(c['source']) for c in staged if c['cell_type'] == 'code']
+        tests = [text for text in texts if 'test_eq(' in text]
+        assert len(tests) > 5 and all(text.startswith(FOLDED) for text in tests), page
+        assert any(text.startswith('#| echo: false') for text in texts), 'the reference of a function'
+

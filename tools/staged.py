@@ -1,6 +1,7 @@
 """Turn what Quarto cannot show of notebooks into HTML: plotly figures, and tables without foreign scripts.
 
 A comment `<!-- site: ... -->` holds what only the site shows: pictures of widgets, which live in JupyterLab.
+Tests in the page of a module are folded, so that a reader sees what it does first.
 
 Quarto runs this before it renders the site, in the folder of the staged notebooks.
 """
@@ -10,6 +11,8 @@ from pathlib import Path
 
 PLOTLY = 'application/vnd.plotly.v1+json'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+TEST = re.compile(r'^[^#\n]*\b(assert|test_\w+\(|refuse[sd]\()', re.M)
+FOLDED = '#| code-fold: true\n#| code-summary: "Tests"\n'
 NO_WIDGET = '*A widget that lives in JupyterLab: open this page there, with `make lab`.*'
 
 def raw_html(html:str) -> dict: return {'text/markdown': f'```{{=html}}\n{html}\n```'}
@@ -48,6 +51,19 @@ def convert(
         output['data'] = data
     return is_changed
 
+def fold_tests(
+    nb:dict, # notebook of a module, changed in place
+) -> bool:   # was there something to fold?
+    "Fold the cells that test and show nothing."
+    is_changed = False
+    for cell in nb['cells']:
+        text = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or cell['outputs'] or not TEST.search(text): continue
+        if 'code-fold:' in text: continue
+        cell['source'] = FOLDED+text
+        is_changed = True
+    return is_changed
+
 def main(
     folder:Path, # of staged notebooks
 ):
@@ -57,7 +73,9 @@ def main(
     from kshot.figures.look import template
     for fname in folder.rglob('*.ipynb'):
         nb = json.loads(fname.read_text(encoding='utf-8'))
-        if convert(nb): fname.write_text(json.dumps(nb), encoding='utf-8')
+        is_changed = convert(nb)
+        if fname.name[0].isdigit(): is_changed |= fold_tests(nb)
+        if is_changed: fname.write_text(json.dumps(nb), encoding='utf-8')
     themes = {name: to_json_plotly(template(name == 'dark').to_plotly_json()) for name in ('light', 'dark')}
     both = ', '.join(f'{name}: {theme}' for name,theme in themes.items())
     script = f'{get_plotlyjs()}\nwindow.kshotTemplates = {{{both}}};\n'
