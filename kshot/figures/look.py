@@ -116,11 +116,12 @@ def template(
         subtitle=dict(font=dict(size=12, color=GRAY)))
     legend = dict(orientation='h', x=0, xanchor='left', y=0, yref='container',
         yanchor='bottom')
+    menu = dict(bgcolor=_light[2], bordercolor=grid, font_color=_light[0]) # plotly's own light marks the choice
     return go.layout.Template(layout=dict(
         font=dict(family=_FONTS, size=12, color=ink),
         paper_bgcolor=ground, plot_bgcolor=ground,
         margin=dict(l=16, r=16, t=76, b=48), hovermode='closest',
-        xaxis=axis, yaxis=axis, title=title, legend=legend,
+        xaxis=axis, yaxis=axis, title=title, legend=legend, updatemenudefaults=menu,
         colorway=list(color_of(range(2, 8)).values()),
         coloraxis=dict(colorscale=SCALE, colorbar=_bottom_bar())))
 
