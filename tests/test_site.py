@@ -148,6 +148,9 @@ def test_title_and_summary(page):
     begins = re.match(r'# \S.*\n\n> \S.{15,}', prose(page))
     assert begins, 'a page begins with "# Title" and "> one sentence"'
     assert len(re.findall(r'^# ', text_of(page), re.M)) == 1
+    first = next(''.join(c['source']) for c in cells(page) if c['cell_type'] == 'markdown')
+    rest = re.sub(r'\A# .*\n\n> .*(\n\n(- [\w-]+: .*\n?)+)?', '', first)
+    assert not rest.strip(), 'nbdev makes a header of this cell, and drops everything else in it'
 
 @each_page
 def test_no_raw_errors(page):
