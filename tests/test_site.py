@@ -354,6 +354,15 @@ def test_quarto_gets_what_it_can_show(tmp_path):
     js = (tmp_path/'figures.js').read_text()
     assert js.count('kshotTemplates = {light: {') == 1 and 'plotly.js v' in js[:200]
 
+def test_code_of_a_reference_has_no_links():
+    "nbdev links names in backticks, also those in the comments of a signature."
+    linked = '[`get_truth`](https://kshot.github.io/kshot/tables.html#get_truth)'
+    text = f'### f\n\n```python\ndef f(\n    x, # as {linked}, `y`\n```\n\n*As {linked}.*'
+    output = nbformat.v4.new_output('display_data', {'text/markdown': text})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('show_doc(f)', outputs=[output])])
+    assert convert(nb) and not convert(nb)
+    assert data_of(nb) == [{'text/markdown': text.replace(linked, '`get_truth`', 1)}]
+
 def test_tests_are_folded(tmp_path):
     "What only tests is folded in the page of a module, by options that Quarto reads at the top of a cell."
     code = ['mix(bank, code)', '#| eval: false\ntest_eq(1, 1)', 'for k in x:\n    assert k', 'print(1) # no assert',
@@ -421,5 +430,7 @@ def test_staging(tmp_path):
         texts = [''.join(c['source']) for c in staged if c['cell_type'] == 'code']
         tests = [text for text in texts if 'test_eq(' in text]
         assert len(tests) > 5 and all(text.startswith(FOLDED) for text in tests), page
-        assert any(text.startswith('#| echo: false') for text in texts), 'the reference of a function'
+        references = [''.join(d.get('text/markdown', '')) for d in data_of(dict(cells=staged))]
+        signatures = [m[4] for text in references for m in FENCE.finditer(text)]
+        assert signatures and not any('](http' in text for text in signatures), page
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 PLOTLY = 'application/vnd.plotly.v1+json'
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+FENCE = re.compile(r'^```python\n.*?^```$', re.M|re.S)
+LINK = re.compile(r'\[(`[^`\n]+`)\]\([^()\s]+\)')
 TEST = re.compile(r'^[^#\n]*\b(assert|test_\w+\(|refuse[sd]\()', re.M)
 FOLDED = '#| code-fold: true\n#| code-summary: "Tests"\n'
 NO_WIDGET = '*A widget that lives in JupyterLab: open this page there, with `make lab`.*'
@@ -20,7 +22,10 @@ def raw_html(html:str) -> dict: return {'text/markdown': f'```{{=html}}\n{html}\
 def as_markdown(
     data:dict, # MIME bundle of an output
 ) -> dict:     # the same, for Quarto
-    "Return figures and tables as raw HTML in Markdown: Quarto knows no plotly, and loads scripts for HTML."
+    """Return figures and tables as raw HTML in Markdown, and code in Markdown without links.
+
+    Quarto knows no plotly, and loads scripts for HTML; nbdev makes links in the code of a reference, too.
+    """
     if PLOTLY in data:
         fig = {key: data[PLOTLY][key] for key in ('data', 'layout')}
         text = json.dumps(fig, separators=(',', ':')).replace('<', '\\u003c')
@@ -32,6 +37,10 @@ def as_markdown(
         html = re.sub(r'<style.*?</style>', '', ''.join(data['text/html']), flags=re.S)
         table = re.sub(r'\n\s*\n', '\n', html).strip()
         return raw_html(f'<div class="scroll">{table}</div>')
+    if 'text/markdown' in data:
+        text = ''.join(data['text/markdown'])
+        plain = FENCE.sub(lambda code: LINK.sub(r'\1', code[0]), text)
+        if plain != text: return data | {'text/markdown': plain}
     return data
 
 def convert(

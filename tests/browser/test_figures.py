@@ -1,4 +1,4 @@
-"Figures of the site in a browser: drawn by its own plotly.js, in both themes, as wide as a phone"
+"Pages of the site in a browser: figures drawn by its own plotly.js, in both themes; as wide as a phone"
 import json, shutil
 from pathlib import Path
 
@@ -53,4 +53,20 @@ def test_figures(chromium, site, width):
     assert sum(u.endswith('figures.js') for u in urls) == 1
     SHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SHOTS/f'figures_{width}.png', full_page=True)
+    page.close()
+
+LONG = 'a_name_that_is_far_longer_than_the_screen_of_a_phone_is_wide'
+WORDS = f"""<h3>{LONG}</h3><p>The option <code>--{LONG}</code> and {LONG}</p><ul><li>{LONG}</li></ul>
+<table><tr><td><code>max_latency_ms</code></td><td>{LONG}</td><td>{'words '*60}</td></tr></table>"""
+
+def test_long_words_on_a_phone(chromium):
+    "Long names break, but not in a table, which scrolls by itself."
+    style = (ROOT/'nbs'/'styles.css').read_text()
+    page = chromium.new_page(viewport=dict(width=390, height=844))
+    page.set_content(f'<!doctype html><html><head>{HEAD}<style>{style}</style></head><body><main>{WORDS}</main></body></html>')
+    assert page.evaluate('document.documentElement.scrollWidth') == 390
+    table = page.locator('table')
+    assert table.evaluate('o => o.scrollWidth > o.clientWidth')
+    one_line = table.locator('code').evaluate('o => o.getClientRects().length')
+    assert one_line == 1 and page.locator('p code').evaluate('o => o.getClientRects().length') > 1
     page.close()
