@@ -1,10 +1,12 @@
 "The site without Quarto: links, pictures and commands of every page, what Quarto is given, staging"
-import ast, builtins, io, json, os, re, shlex, signal, stat, subprocess, sys
+import ast, builtins, configparser, io, json, os, re, shlex, signal, stat, subprocess, sys
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 import nbformat, pytest, yaml
@@ -312,6 +314,33 @@ def test_nothing_is_fetched_for_the_looks():
     for f in (*themes, html['css'], html['include-after-body']):
         assert not re.search(r'https?:|@import|url\(', (NBS/f).read_text()), f
 
+@pytest.mark.parametrize('tutorial', 'quickstart own_space own_network simplex ranking budgets'.split())
+def test_runs_elsewhere(tutorial):
+    "Links to Colab and Binder lead to the page itself; Colab installs what the settings name."
+    page = NBS/'tutorials'/f'{tutorial}.ipynb'
+    about = configparser.ConfigParser()
+    about.read(ROOT/'settings.ini')
+    url, branch = about['DEFAULT']['git_url'], about['DEFAULT']['branch']
+    repo = urlsplit(url).path[1:]
+    line, install = cells(page)[1:3]
+    targets = [m[3] for m in LINK.finditer(''.join(line['source']))]
+    assert targets == [f'https://colab.research.google.com/github/{repo}/blob/{branch}/nbs/{name(page)}',
+                       f'https://mybinder.org/v2/gh/{repo}/{branch}?labpath=nbs/{name(page)}']
+    code = ''.join(install['source'])
+    assert code.startswith('#| hide') and f"pip install -q git+{url}'" in code
+    called = []
+    shell = SimpleNamespace(system=called.append)
+    for modules,n in (({}, 0), ({'google.colab': None}, 1)):
+        called.clear()
+        with patch.dict(sys.modules, modules): exec(code, dict(get_ipython=lambda: shell))
+        assert len(called) == n, modules
+
+def test_binder():
+    script = ROOT/'binder'/'postBuild'
+    assert os.access(script, os.X_OK) and 'download.pytorch.org/whl/cpu .' in script.read_text()
+    major, minor = (ROOT/'binder'/'runtime.txt').read_text().strip().removeprefix('python-').split('.')
+    assert (int(major), int(minor)) >= (3, 11)
+
 def test_results_begin_with_a_summary():
     "A row for each section of the page, in order, with a link that leads there."
     page = NBS/'results.ipynb'
@@ -365,13 +394,14 @@ def test_code_of_a_reference_has_no_links():
 
 def test_tests_are_folded(tmp_path):
     "What only tests is folded in the page of a module, by options that Quarto reads at the top of a cell."
-    code = ['mix(bank, code)', '#| eval: false\ntest_eq(1, 1)', 'for k in x:\n    assert k', 'print(1) # no assert',
-            'refuses(f)', 'shown = assert_frame_equal(a, b)']
+    code = ['mix(bank, code)', '#| eval: false\ntest_eq(1, 1)', 'for k in x:\n    assert k',
+            'print(1) # no assert', 'refuses(f)', 'shown = assert_frame_equal(a, b)']
     cells = [nbformat.v4.new_code_cell(text) for text in code]
     shows = nbformat.v4.new_output('stream', text='1')
     cells.append(nbformat.v4.new_code_cell('assert True\nprint(1)', outputs=[shows]))
     cells.append(nbformat.v4.new_markdown_cell('assert'))
-    for fname in '10_room.ipynb', 'tutorial.ipynb': nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/fname)
+    nb = nbformat.v4.new_notebook(cells=cells)
+    for fname in '10_room.ipynb', 'tutorial.ipynb': nbformat.write(nb, tmp_path/fname)
     main(tmp_path)
     room, tutorial = (nbformat.read(tmp_path/f, 4) for f in ('10_room.ipynb', 'tutorial.ipynb'))
     is_folded = [cell.source.startswith(FOLDED) for cell in room.cells]

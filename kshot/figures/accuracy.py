@@ -257,7 +257,8 @@ def plot_by_op(
     parts = [plot_accuracy(scores.assign(op=op), names, by, kind, split='op') for op in ops]
     fig = go.Figure([trace for part in parts for trace in part.data], parts[0].layout)
     menu = _menu(blocks, parts)
-    for trace,is_visible in zip(fig.data, menu['buttons'][0]['args'][0]['visible']): trace.visible = is_visible
+    shown = menu['buttons'][0]['args'][0]['visible']
+    for trace,is_shown in zip(fig.data, shown): trace.visible = is_shown
     return fig.update_layout(updatemenus=[menu], height=max(part.layout.height for part in parts))
 
 # %% ../../nbs/figures/45_accuracy.ipynb #93f4d66b

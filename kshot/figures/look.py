@@ -116,7 +116,8 @@ def template(
         subtitle=dict(font=dict(size=12, color=GRAY)))
     legend = dict(orientation='h', x=0, xanchor='left', y=0, yref='container',
         yanchor='bottom')
-    menu = dict(bgcolor=_light[2], bordercolor=grid, font_color=_light[0]) # plotly's own light marks the choice
+    # plotly marks the choice with a light color of its own
+    menu = dict(bgcolor=_light[2], bordercolor=grid, font_color=_light[0])
     return go.layout.Template(layout=dict(
         font=dict(family=_FONTS, size=12, color=ink),
         paper_bgcolor=ground, plot_bgcolor=ground,

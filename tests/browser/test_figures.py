@@ -63,7 +63,8 @@ def test_long_words_on_a_phone(chromium):
     "Long names break, but not in a table, which scrolls by itself."
     style = (ROOT/'nbs'/'styles.css').read_text()
     page = chromium.new_page(viewport=dict(width=390, height=844))
-    page.set_content(f'<!doctype html><html><head>{HEAD}<style>{style}</style></head><body><main>{WORDS}</main></body></html>')
+    head = f'<head>{HEAD}<style>{style}</style></head>'
+    page.set_content(f'<!doctype html><html>{head}<body><main>{WORDS}</main></body></html>')
     assert page.evaluate('document.documentElement.scrollWidth') == 390
     table = page.locator('table')
     assert table.evaluate('o => o.scrollWidth > o.clientWidth')
