@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
-import nbformat, pytest, yaml
+import nbformat, pandas as pd, pytest, yaml
 from conftest import ROOT, copy_tree
 from staged import FOLDED, NO_WIDGET, PLOTLY, WIDGET, convert, fold_tests, main
 
@@ -274,6 +274,45 @@ def test_slurm_job(tmp_path, world):
     code, log = WORLDS[world]
     assert job.wait(30) == code
     assert re.sub(r'(srun).*', r'\1', (tmp_path/'log').read_text()).splitlines() == log.split(', ')
+
+def together(
+    script:str, # of a job array
+    cwd:Path,   # where its tasks run
+    n:int=2,    # tasks
+):
+    "Run the tasks of a job array at once; each must end well."
+    env = os.environ | dict(OMP_NUM_THREADS='1', PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    tasks = []
+    for i in range(n):
+        with open(cwd/f'{i}.err', 'w') as err:
+            task = subprocess.Popen(['bash', '-ec', script], cwd=cwd, stdout=subprocess.DEVNULL, stderr=err,
+                                    env=env | dict(SLURM_ARRAY_TASK_ID=str(i)))
+        tasks.append(task)
+    for i,task in enumerate(tasks): assert not task.wait(600), (cwd/f'{i}.err').read_text()[-2000:]
+
+@pytest.mark.slow
+def test_job_arrays(tmp_path):
+    "The arrays of the page on clusters, with two tasks: seeds, and a search by journal and by database."
+    small = {r'source .*': '', '--space macro --K 8': '--K 2 --epochs 1 --passes 2', '--seeds 5': '--seeds 2',
+             '--n_paths 1000': '--n_paths 12', 'pip install .*': '', 'search net': 'search eight/seed_0',
+             'postgresql.*': f'sqlite:///{tmp_path}/search.db'}
+    found = []
+    for block in blocks(NBS/'do'/'cluster.ipynb', 'sh'):
+        if 'kshot study' in block or 'torchrun' in block or 'kshot' not in block: continue
+        for old,new in small.items(): block = re.sub(old, new, block)
+        found.append(block)
+    search, by_database, train, rank = found
+    together(train, tmp_path)
+    runs = [tmp_path/'runs'/'eight'/f'seed_{i}' for i in range(2)]
+    logs = [(run/'log.jsonl').read_bytes() for run in runs]
+    together(rank.replace('eight', 'eight --n_paths 20'), tmp_path, 1)
+    assert [(run/'log.jsonl').read_bytes() for run in runs] == logs, 'trained again'
+    ranked = json.loads((tmp_path/'runs'/'eight'/'run.json').read_text())
+    assert ranked['results']['rank']['supernet']['n_seeds'] == 2
+    for script in search, by_database:
+        together(script, tmp_path)
+        assert 12 <= len(pd.read_parquet(runs[0]/'search.parquet')) <= 13
+    assert (tmp_path/'search.db').is_file()
 
 def test_python_blocks_parse():
     for p in TEXTS:
