@@ -10,7 +10,6 @@ __all__ = ['Found', 'find_path', 'Benchmark', 'Block', 'Chain', 'Cost', 'Simplex
 
 # %% ../nbs/90_api.ipynb #90a00005
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 import pandas as pd
 import torch
@@ -65,7 +64,7 @@ def find_path(
     "Train supernets, search them for their best path, and rank their paths if there is a truth."
     usual = dict(seed=seed, lr=lr, loss_func=loss_func, metrics=metric)
     learn = kshot_learner(net, space, dls, K, **usual | kwargs)
-    with nullcontext() if progress else learn.no_bar(): learn.fit(epochs, cbs=cosine(lr))
+    with learn.showing(progress): learn.fit(epochs, cbs=cosine(lr))
     valid = held(dls.valid)
     calibration = training_batches(dls.train, 4)
     codes = learn.k_shot.codes

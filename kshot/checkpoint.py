@@ -6,13 +6,12 @@
 __all__ = ['save_tensors', 'load_tensors', 'optimizer_state', 'load_optimizer_state', 'run_identity', 'run_state', 'generator_of',
            'check_run', 'check_tensors', 'part_of', 'all_tensors', 'prepare_load', 'load_model', 'load_weights',
            'load_state', 'checkpoints', 'save_newest', 'tidy', 'load_newest', 'TrainingStopped', 'stop_training',
-           'first_not_finite', 'is_at_chance', 'log_name', 'CheckpointCallback', 'broken_images', 'plain_errors']
+           'first_not_finite', 'is_at_chance', 'CheckpointCallback', 'broken_images', 'plain_errors']
 
 # %% ../nbs/52_checkpoint.ipynb #c6107e57
 import json, math, re, sys, time, zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from numbers import Real
 from pathlib import Path as FilePath
 import torch
 from .data import DataLoaders # before fastai: it silences a warning of fastai's import
@@ -355,14 +354,6 @@ def is_at_chance(
     std_error = math.sqrt(chance*(1-chance)/n)
     return best - chance > 10*std_error and acc - chance < .1*(best - chance)
 
-# %% ../nbs/52_checkpoint.ipynb #c3c0de02
-def log_name(
-    name:str, # of a metric or a loss, as fastai's recorder has it
-) -> str:     # in a log
-    "Return the name of a validation score in a log."
-    name = name.removeprefix('valid_')
-    return f'{"acc" if name == "accuracy" else name}_valid'
-
 # %% ../nbs/52_checkpoint.ipynb #e0b7a74d
 class CheckpointCallback(Callback):
     "Save a run after each epoch: `folder/checkpoint` and `folder/log.jsonl`; or resume it."
@@ -428,18 +419,16 @@ def after_epoch(self:CheckpointCallback):
     scores = self._scores()
     if 'acc_valid' in scores: self._check_accuracy(scores['acc_valid'])
     with torch.no_grad(): stats = code_stats(self.learn.k_shot.codes(self.learn.k_shot.panel))
-    loss = torch.stack(self.losses).mean().item()
-    row = dict(epoch=self.epoch+1, loss=loss) | scores
+    row = self.learn.epoch_row | scores
     row |= {f'code_{name}': value for name,value in stats.items()}
-    self.log.append(row | self._newly_broken())
+    self.learn.epoch_row = row | self._newly_broken()
+    self.log.append(self.learn.epoch_row)
     self._save()
 
 @patch
 def _scores(self:CheckpointCallback) -> dict: # loss and metrics of the validation, over all ranks
-    recorder = self.learn.recorder
-    scores = {}
-    for name,value in zip(recorder.metric_names[1:], recorder.values[-1]): # without the epoch
-        if not name.startswith('train_') and isinstance(value, Real): scores[log_name(name)] = value
+    row = self.learn.epoch_row
+    scores = {name: value for name,value in row.items() if name.endswith('_valid')}
     return dict(zip(scores, mean([*scores.values()], self.n_valid)))
 
 # %% ../nbs/52_checkpoint.ipynb #f1f74875

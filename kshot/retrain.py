@@ -8,7 +8,6 @@ __all__ = ['RETRAIN_RECIPES', 'OPTIMIZERS', 'Recipe', 'get_recipe', 'lr_at', 'rm
 
 # %% ../nbs/66_retrain.ipynb #c5b76a4f
 import math
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,15 +27,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .average import decay_at
 from .base.distributed import agree, average_, average_stats, gather, is_first, world
 from .base.inputs import Input, n_rows
-from .base.progress import is_notebook
-from .base.threads import keep_threads
 from .evaluate import accuracy_loss
 from .settings import RecipeName
 from .checkpoint import (all_tensors, broken_images, check_run, check_tensors, checkpoints,
-                              generator_of, is_at_chance, load_newest, load_optimizer_state, log_name,
+                              generator_of, is_at_chance, load_newest, load_optimizer_state,
                               optimizer_state, part_of, plain_errors, prepare_load, save_newest,
                               stop_training, tidy)
-from .train import (ClassLoss, InputsCallback, LocalLoss, SkipValidation, by_decay,
+from .epochs import EpochLearner, log_name
+from .train import (ClassLoss, InputsCallback, SkipValidation, by_decay,
                          check_loaders, device_of, sgd, torch_optimizer)
 
 # %% ../nbs/66_retrain.ipynb #2cf4d8f6
@@ -209,12 +207,10 @@ class RetrainCallback(Callback):
     def __init__(self,
         folder:FilePath|None=None, # of the retraining; None: save nothing
         resume:bool=False, # resume from the newest checkpoint, if any? Otherwise there must be none
-        progress:bool=False, # print a line per epoch?
         loss_func:Callable|None=None, # as in `retrain`
         metric:Any=None,              # likewise
     ):
         self.folder = folder and FilePath(folder)
-        self.progress = progress
         self.loss_func = loss_func
         self.metric, self.metric_name = _metric_of(loss_func, metric)
         self.log = [] # a row per epoch
@@ -304,10 +300,7 @@ def _check_accuracy(self:RetrainCallback, acc:float, n_classes:int):
 def after_epoch(self:RetrainCallback):
     if self.epoch < self.start or not is_first(): return
     if self.folder: self._save()
-    if self.progress:
-        numbers = [f'{k} {v:.4g}' for k,v in self.log[-1].items() if k not in ('broken', 'epoch')]
-        line = f'epoch {self.epoch+1} of {self.n_epoch}: {", ".join(numbers)}'
-        print(line, file=sys.stderr, flush=True)
+    self.learn.epoch_row = self.log[-1]
 
 # %% ../nbs/66_retrain.ipynb #55d3c9b5
 def _retrain_identity(learn:Learner) -> dict: # what must agree between a checkpoint and a run
@@ -383,18 +376,15 @@ def retrain(
     check_loaders(dls)
     module = module.to(device_of(dls))
     follow = RecipeCallback(recipe, seed)
-    keep = RetrainCallback(folder, resume, progress, loss_func, metric)
+    keep = RetrainCallback(folder, resume, loss_func, metric)
     loss_func = loss_func or ClassLoss(label_smoothing=recipe.smoothing)
     opt_func = partial(OPTIMIZERS[recipe.opt], wd=recipe.wd)
-    learn = Learner(dls, module, loss_func, lr=recipe.lr, opt_func=opt_func, splitter=by_decay)
-    learn.recorder.smooth_loss = LocalLoss()
+    learn = EpochLearner(dls, module, loss_func, lr=recipe.lr, opt_func=opt_func, splitter=by_decay)
     device = next(module.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == 'cuda' else []))
-        if not (progress and is_notebook()): stack.enter_context(learn.no_bar())
-        stack.enter_context(learn.no_logging())
+        stack.enter_context(learn.showing(progress))
         stack.enter_context(plain_errors())
-        stack.enter_context(keep_threads())
         learn.fit(recipe.epochs, cbs=[InputsCallback(), follow, keep, SkipValidation(), *cbs])
     module.eval()
     return Retrained(keep.log, follow.average and follow.average.module)

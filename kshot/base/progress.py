@@ -49,7 +49,9 @@ class Progress:
         self.view = _view() if is_shown and total != 0 else ''
         self.started = self.last = monotonic()
         self.display = None # of a notebook
+        self.table = self.bar = '' # HTML in it
         self.is_begun = False # has anything been shown?
+        self.is_open = True
 
     def __enter__(self): return self
 
@@ -67,7 +69,9 @@ class Progress:
 
     def close(self):
         "Remove the bar."
-        if not self.is_begun: return
+        was_shown = self.is_open and self.is_begun
+        self.is_open = False
+        if not was_shown: return
         if self.view == 'terminal': self._print(_CLEAR, end='')
         if self.view == 'notebook': self._display('')
 
@@ -77,7 +81,7 @@ def update(self:Progress,
     n:int, # how many are done
 ):
     "Show how many are done, unless that was shown just now."
-    if not self.view or monotonic() - self.last < _EVERY[self.view]: return
+    if not (self.view and self.is_open) or monotonic() - self.last < _EVERY[self.view]: return
     self.last = monotonic()
     self.is_begun = True
     text = self.text(n)
@@ -88,8 +92,12 @@ def update(self:Progress,
 @patch
 def write(self:Progress,
     line:str, # about a part of the work
+    table:str='', # HTML that a notebook shows instead of all lines so far
 ):
     "Print a line of its own, above the bar."
+    if self.view == 'notebook' and table:
+        self.table = table
+        return self._display(self.bar)
     if self.view == 'terminal' and self.is_begun: line = _CLEAR + line
     if self.view: self._print(line)
 
@@ -106,10 +114,12 @@ def _bar(self:Progress, n:int, text:str) -> str:
     return f'{_CLEAR}{text} {"█"*done}{"░"*(room-done)}'[:width+len(_CLEAR)]
 
 @patch
-def _display(self:Progress, text:str):
+def _display(self:Progress, bar:str):
     from IPython.display import HTML, display
-    if self.display: self.display.update(HTML(text))
-    else: self.display = display(HTML(text), display_id=True)
+    self.bar = bar
+    shown = HTML(self.table + bar)
+    if self.display: self.display.update(shown)
+    else: self.display = display(shown, display_id=True)
 
 # %% ../../nbs/base/70_progress.ipynb #db9e8ae7
 def counted(

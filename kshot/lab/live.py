@@ -9,11 +9,11 @@ __all__ = ['LONGEST_START', 'LiveCallback', 'known_truth', 'ceiling_of', 'sample
 import copy, math, sys, time
 from collections.abc import Callable, Mapping
 import numpy as np, pandas as pd, torch
-from ..checkpoint import CheckpointCallback # before fastai: it silences a warning of its import
+from ..epochs import EpochProgress # before fastai: it silences a warning of its import
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import first, patch
 from fastprogress.fastprogress import format_time
-from IPython.display import HTML, display
+from IPython.display import display
 from torch import nn
 from ..base.distributed import is_first, world
 from ..base.inputs import Input, map_tensors
@@ -30,7 +30,7 @@ from ..space import Path
 # %% ../../nbs/lab/50_live.ipynb #d4b4a946
 class LiveCallback(Callback):
     "Draw a training while it runs; errors as in `known_truth` and `TimeBudget`."
-    order = CheckpointCallback.order+1 # a stop takes effect after the checkpoint is written
+    order = EpochProgress.order+1 # a stop takes effect after the epoch is saved and shown
     run_valid = True
     def __init__(self,
         truth=None,       # as in `known_truth`
@@ -312,19 +312,12 @@ def _scores(self:LiveCallback) -> dict: # part of a record
 
 @patch
 def _drawing(self:LiveCallback):
-    self._hide_bar()
+    self.learn.progress.bar.close() # the panel has one
     self._draw()
 
 @patch
 def _draw(self:LiveCallback):
     self.view.update(lambda fig: plot_live([self.start, *self.log], fig, note=False))
-
-# %% ../../nbs/lab/50_live.ipynb #993f9683
-@patch
-def _hide_bar(self:LiveCallback):
-    bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
-    out = getattr(bar, '__dict__', {}).pop('out', None)
-    if out: out.update(HTML(''))
 
 # %% ../../nbs/lab/50_live.ipynb #92d6fdaf
 @patch
