@@ -85,7 +85,7 @@ def main(
         is_changed = convert(nb)
         if fname.name[0].isdigit(): is_changed |= fold_tests(nb)
         if is_changed: fname.write_text(json.dumps(nb), encoding='utf-8')
-    themes = {name: to_json_plotly(template(name == 'dark').to_plotly_json()) for name in ('light', 'dark')}
+    themes = {name: to_json_plotly(template(name).to_plotly_json()) for name in ('light', 'dark')}
     both = ', '.join(f'{name}: {theme}' for name,theme in themes.items())
     script = f'{get_plotlyjs()}\nwindow.kshotTemplates = {{{both}}};\n'
     (folder/'figures.js').write_text(script, encoding='utf-8')

@@ -132,7 +132,7 @@ def write_report(
     if not fname.parent.is_dir():
         raise ValueError(f'folder {fname.parent} does not exist, expected one for {fname.name}')
     body = '\n'.join(_section(*section) for section in sections)
-    templates = f'light: {_json(template())}, dark: {_json(template(dark=True))}'
+    templates = ', '.join(f'{look}: {_json(template(look))}' for look in ('light', 'dark'))
     page = _page.format(title=html.escape(title), body=body, templates=templates,
         css=_css, js=_js, plotly=get_plotlyjs())
     write_file(fname, page)

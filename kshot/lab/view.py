@@ -93,7 +93,7 @@ function dress(figure, width) { // a copy for plotly, which changes what it gets
 
 @cache
 def _templates() -> str: # JSON
-    looks = {name: template(name == 'dark').to_plotly_json() for name in ('light', 'dark')}
+    looks = {name: template(name).to_plotly_json() for name in ('light', 'dark')}
     return to_json_plotly(looks)
 
 # %% ../../nbs/lab/05_view.ipynb #a5e1000f
