@@ -102,7 +102,7 @@ def _bottom_bar() -> dict: # a thin color bar below the figure, at the left
 _FONTS = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif'
 Look = Literal['any', 'light', 'dark']
 _LOOKS = dict( # ink, ground, grid, ink of notes
-    any=('#767676', 'rgba(0,0,0,0)', 'rgba(118,118,118,.3)', '#767676'),
+    any=('#767676', 'rgba(0,0,0,0)', 'rgba(118,118,118,.22)', '#767676'),
     light=('#24262A', '#FFFFFF', '#E4E4E0', '#6B6E73'),
     dark=('#E4E4E2', '#1B1D21', '#3A3D43', GRAY))
 
@@ -127,6 +127,7 @@ def template(
         margin=dict(l=16, r=16, t=76, b=48), hovermode='closest',
         xaxis=axis, yaxis=axis, title=title, legend=legend, updatemenudefaults=menu,
         colorway=list(color_of(range(2, 8)).values()),
+        modebar=dict(bgcolor='rgba(0,0,0,0)', color=note, activecolor=ink),
         coloraxis=dict(colorscale=SCALE, colorbar=_bottom_bar())))
 
 # %% ../../nbs/figures/10_look.ipynb #e5f10006
