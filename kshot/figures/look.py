@@ -100,6 +100,7 @@ def _bottom_bar() -> dict: # a thin color bar below the figure, at the left
         title=dict(side='right', font_size=12))
 
 _FONTS = 'system-ui, "Segoe UI", "DejaVu Sans", sans-serif'
+
 Look = Literal['any', 'light', 'dark']
 _LOOKS = dict( # ink, ground, grid, ink of notes
     any=('#767676', 'rgba(0,0,0,0)', 'rgba(118,118,118,.22)', '#767676'),
@@ -120,7 +121,8 @@ def template(
     legend = dict(orientation='h', x=0, xanchor='left', y=0, yref='container',
         yanchor='bottom')
     # plotly marks the choice with a light color of its own
-    menu = dict(bgcolor=_light[2], bordercolor=grid, font_color=_light[0])
+    on_menu, _, menu_ground, _ = _LOOKS['light']
+    menu = dict(bgcolor=menu_ground, bordercolor=grid, font_color=on_menu)
     return go.layout.Template(layout=dict(
         font=dict(family=_FONTS, size=12, color=ink),
         paper_bgcolor=ground, plot_bgcolor=ground,
