@@ -89,7 +89,7 @@ def frame(self:Refinement) -> pd.DataFrame: # as of the search, and score_STEPS 
 @patch
 def run(self:Refinement,
     score:Callable, # `score(path, n_steps)` after that many updates, higher is better; NaN: diverged
-    progress:bool|Callable=False, # as in `Search.run`
+    progress:bool|Callable=True, # as in `Search.run`
 ) -> pd.DataFrame:  # as `frame`
     "Score candidates rung by rung; `ValueError` if the storage fails."
     self.is_cut = False

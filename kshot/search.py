@@ -347,7 +347,7 @@ def run(self:Search,
     n:int,          # paths scored in the end, including those in the record
     algorithm:Algorithm='tpe', # how the next path is found
     seed:int|None=0, # None: another search each time
-    progress:bool|Callable=False, # a bar, or `progress(search)` before each path; False ends it
+    progress:bool|Callable=True, # a bar, or `progress(search)` before each path; False ends it
 ) -> pd.DataFrame:   # as `frame`
     "Score paths until `n` are done or none is left; `ValueError` as in `candidates` and `finish`."
     if algorithm not in ALGORITHMS:
@@ -410,7 +410,7 @@ def search(
     n:int,          # paths scored in the end, including those in the storage
     algorithm:Algorithm='tpe', # how the next path is found
     seed:int|None=0, # None: another search each time
-    progress:bool|Callable=False, # as in `Search.run`
+    progress:bool|Callable=True, # as in `Search.run`
     **kwargs,       # costs, budgets, tradeoff, storage, name and locks of `Search`
 ) -> pd.DataFrame:  # path (string), score, a column per cost, trial; best first
     "Score `n` paths and return them; `ValueError` as in `Search` and `Search.run`."
