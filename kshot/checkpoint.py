@@ -25,6 +25,7 @@ from .average import AverageCallback
 from .base.distributed import agree, gather, is_first, mean
 from .base.files import to_json, write_file
 from .base.inputs import n_rows
+from .epochs import EpochRecorder
 from .simplex import code_stats
 
 # %% ../nbs/52_checkpoint.ipynb #1022c885
@@ -357,7 +358,7 @@ def is_at_chance(
 # %% ../nbs/52_checkpoint.ipynb #e0b7a74d
 class CheckpointCallback(Callback):
     "Save a run after each epoch: `folder/checkpoint` and `folder/log.jsonl`; or resume it."
-    order = 65 # the recorder and the schedule are done with the epoch
+    order = EpochRecorder.order + 1 # before callbacks that may end the training
 
     def __init__(self,
         folder:FilePath,   # of the run
@@ -397,8 +398,7 @@ class CheckpointCallback(Callback):
 @patch
 def before_train(self:CheckpointCallback):
     "Start an epoch."
-    self.losses = [] # of its batches
-    self.paths = []  # likewise
+    self.paths = []  # of its batches
     self.n_valid = 0 # images validated
 
 @patch
@@ -407,9 +407,8 @@ def after_batch(self:CheckpointCallback):
     if not self.training:
         self.n_valid += n_rows(self.yb) if len(self.yb) else 0
         return
-    self.losses.append(self.learn.loss.detach())
     self.paths.append(self.learn.k_shot.paths[-1])
-    if len(self.losses) % 50 == 0: self._check_losses()
+    if len(self.paths) % 50 == 0: self._check_losses()
 
 @patch
 def after_epoch(self:CheckpointCallback):
@@ -435,11 +434,12 @@ def _scores(self:CheckpointCallback) -> dict: # loss and metrics of the validati
 @patch
 def _check_losses(self:CheckpointCallback):
     "Raise `TrainingStopped` if one of the last 50 losses is not finite."
-    start = (len(self.losses)-1)//50*50
-    i = first_not_finite(torch.stack(self.losses[start:]))
+    losses = self.learn.recorder.batch_losses
+    start = (len(losses)-1)//50*50
+    i = first_not_finite(torch.stack(losses[start:]))
     if i is None: return
     i += start
-    reason = f'loss {self.losses[i].item()} at path {self.paths[i]}, expected a finite number'
+    reason = f'loss {losses[i].item()} at path {self.paths[i]}, expected a finite number'
     stop_training(reason, self.epoch, bool(self.files), f'batch {i+1}')
 
 @patch

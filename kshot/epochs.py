@@ -14,7 +14,7 @@ import torch
 from .data import DataLoaders # before fastai: no warning
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import AvgSmoothLoss, Learner, Recorder, noop, replacing_yield
+from fastai.learner import AvgSmoothLoss, Learner, Recorder, replacing_yield
 from fastcore.foundation import L
 from torch import nn
 from .base.distributed import is_first
@@ -71,8 +71,13 @@ class EpochRecorder(Recorder):
     def before_epoch(self):
         super().before_epoch()
         self.log = L(self.log[0]+1)
+        self._begin()
+
+    def after_cancel_epoch(self): self._begin() # a callback before this one may skip an epoch
+
+    def _begin(self):
         self.batch_losses = []
-        self.learn.epoch_row = {} # of an epoch that is skipped
+        self.learn.epoch_row = {}
 
     def after_batch(self):
         super().after_batch()
@@ -92,12 +97,12 @@ class EpochRecorder(Recorder):
 class EpochProgress(Callback):
     "Show a bar of all batches and a row for each epoch, in the first process."
     name = 'progress'
-    order = 66 # after callbacks that log the epoch
+    order = EpochRecorder.order + 2 # after a callback that logs the epoch, before those that may end the training
     run_valid = False
 
     def __init__(self):
         self.bar = None # while no training runs
-        self.has_bar = True
+        self.has_bar = self.has_rows = True
         self.is_shown = True
 
     def before_fit(self):
@@ -116,16 +121,21 @@ class EpochProgress(Callback):
 
     def after_epoch(self):
         row = self.learn.epoch_row
-        if not row or self.learn.logger is noop: return
+        if not row or not self.has_rows: return
         seconds = time.monotonic() - self.started
         epoch = {'epoch': row['epoch']}
         self.rows.append(epoch | epoch_numbers(row) | {'time': duration(seconds)})
-        table = pd.DataFrame(self.rows).to_html(index=False, border=0)
+        in_notebook = self.bar.view == 'notebook'
+        table = pd.DataFrame(self.rows).to_html(index=False, border=0) if in_notebook else ''
         self.bar.write(epoch_line(row, self.n_epoch), table)
 
-    def close(self):
-        "Remove the bar."
+    def hide(self):
+        "Remove the bar until the next training."
         if self.bar: self.bar.close()
+
+    def close(self):
+        "End the bar of a training."
+        self.hide()
         self.bar = None
 
 # %% ../nbs/49_epochs.ipynb #2b0e448c
@@ -136,7 +146,8 @@ class EpochLearner(Learner):
     def __init__(self, dls:DataLoaders, model:nn.Module, *args, **kwargs):
         super().__init__(dls, model, *args, **kwargs)
         self.remove_cbs([Recorder, ProgressCallback])
-        self.add_cbs([EpochRecorder(), EpochProgress()])
+        self.epoch_progress = EpochProgress() # kept if somebody removes the callback
+        self.add_cbs([EpochRecorder(), self.epoch_progress])
         self.logger = _leave_it
 
     @contextmanager
@@ -144,13 +155,18 @@ class EpochLearner(Learner):
         is_shown:bool, # bar and rows?
     ):
         "Show a training meanwhile, or nothing of it."
-        yield from replacing_yield(self.progress, 'is_shown', is_shown)
+        yield from replacing_yield(self.epoch_progress, 'is_shown', is_shown)
 
     @contextmanager
     def no_bar(self):
         "Show no bar meanwhile."
-        yield from replacing_yield(self.progress, 'has_bar', False)
+        yield from replacing_yield(self.epoch_progress, 'has_bar', False)
+
+    @contextmanager
+    def no_logging(self):
+        "Show no rows meanwhile."
+        yield from replacing_yield(self.epoch_progress, 'has_rows', False)
 
     def fit(self, *args, **kwargs):
         "Fit as fastai does, and leave no bar behind."
-        with keep_threads(), closing(self.progress): super().fit(*args, **kwargs)
+        with keep_threads(), closing(self.epoch_progress): super().fit(*args, **kwargs)

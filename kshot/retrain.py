@@ -33,7 +33,7 @@ from .checkpoint import (all_tensors, broken_images, check_run, check_tensors, c
                               generator_of, is_at_chance, load_newest, load_optimizer_state,
                               optimizer_state, part_of, plain_errors, prepare_load, save_newest,
                               stop_training, tidy)
-from .epochs import EpochLearner, log_name
+from .epochs import EpochLearner, EpochRecorder, log_name
 from .train import (ClassLoss, InputsCallback, SkipValidation, by_decay,
                          check_loaders, device_of, sgd, torch_optimizer)
 
@@ -202,7 +202,7 @@ def _metric_of(loss_func, metric) -> tuple[Any, str]: # what to score by, and it
 # %% ../nbs/66_retrain.ipynb #5dfbe990
 class RetrainCallback(Callback):
     "Score, log and save after each epoch, or resume; `ValueError` if a loss is not finite."
-    order = 65 # all other callbacks are done with the epoch
+    order = EpochRecorder.order + 1 # before callbacks that may end the training
 
     def __init__(self,
         folder:FilePath|None=None, # of the retraining; None: save nothing

@@ -251,7 +251,7 @@ def _try(self:KShotCallback, x:Input, why:str):
     self.model.eval()
     paths = self.panel[:1]
     try:
-        with torch.no_grad(): self.model(x, paths[0], fold(self.codes(paths), self.model.K)[0])
+        with torch.no_grad(): self.model(x, paths[0], self.codes(paths)[0])
     except Exception as e: raise ValueError(f'{why}: {" ".join(str(e).split())}') from e
     finally:
         for m,was in was_training.items(): m.training = was
@@ -275,7 +275,7 @@ def _start_simplex_step(self:KShotCallback):
     self.paths = []
     while len(self.paths) < n_paths: self.paths += self.sampler(self.learn.pct_train)
     self.paths = self.paths[:n_paths]
-    self.leaves = fold(self.codes(self.paths), self.model.K)
+    self.leaves = self.codes(self.paths)
     self._start_comparing()
     self._give(self.paths, self.leaves)
 
@@ -546,6 +546,7 @@ def kshot_learner(
     def take(kind): return {k: kwargs.pop(k) for k in signature(kind).parameters if k in kwargs}
     splits = branching(K, branch)
     supernet = Supernet(net, 1 if splits else K, **take(Supernet))
+    supernet.K_end = K
     of_callback = take(KShotCallback) | dict(splits=splits)
     sizes = tuple(supernet.sizes)
     if sizes != space.sizes:

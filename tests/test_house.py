@@ -15,6 +15,8 @@ import density
 import pytest
 import yaml
 from conftest import ROOT, copy_tree
+from execnb.nbio import nb2str, read_nb
+from nbdev.clean import clean_nb
 from nbdev.doclinks import nbglob
 
 NBS = ROOT/'nbs'
@@ -156,6 +158,12 @@ def test_no_star_import(module):
 def test_api_notebook_has_no_output(room):
     found = json.loads(ROOMS[room].read_text(encoding='utf-8'))['cells']
     assert not [cell['id'] for cell in found if cell.get('outputs') or cell.get('execution_count')]
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=name_of)
+def test_notebook_is_clean(notebook):
+    nb = read_nb(notebook)
+    clean_nb(nb)
+    assert nb2str(nb) == notebook.read_text(encoding='utf-8'), 'run nbdev_clean'
 
 @each_page
 def test_page_is_light(page): assert page.stat().st_size < 300_000

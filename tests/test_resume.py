@@ -4,10 +4,12 @@ from functools import partial
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.tracker import EarlyStoppingCallback
 
 from kshot.benchmark import get_space
 from kshot.checkpoint import CheckpointCallback, load_newest
-from kshot.data import digits_data
+from kshot.data import digits_data, held
+from kshot.evaluate import accuracy_loss, calibrated_subnet, score_path
 from kshot.networks import digits_net
 from kshot.simplex import FreeCode, VertexCode
 from kshot.train import cosine, kshot_learner, sgd, torch_optimizer
@@ -94,3 +96,29 @@ def test_sandwich_distillation_and_average(tmp_path, mode, codes, branch):
                for name,t in tensors.items() if name.startswith('average/'))
     with pytest.raises(ValueError, match='checkpoint of ema 0.9, expected 0.5'):
         fit(tmp_path/'halves', resume=True, **options | dict(ema=.5))
+
+def test_the_last_epoch_of_a_stopped_training_is_kept(tmp_path):
+    learn = kshot_learner(digits_net(channels=4), get_space('digits'), digits_data(bs=200), K=2)
+    stop = EarlyStoppingCallback(min_delta=1e9, patience=1) # nothing improves so much
+    checkpoint = CheckpointCallback(tmp_path)
+    with learn.showing(False): learn.fit(9, cbs=[checkpoint, stop])
+    assert [row['epoch'] for row in checkpoint.log] == [1, 2]
+    _, meta = load_newest(tmp_path)
+    assert meta['epoch'] == 2
+
+@pytest.mark.parametrize('share,K', [(0., 1), (.3, 2), (.6, 4)])
+def test_codes_serve_before_the_last_split(share, K):
+    "The code of a path after all splits scores it, and makes its subnet, at any time."
+    class Interrupt(Callback):
+        def before_batch(self):
+            if self.training and self.pct_train >= share: raise KeyboardInterrupt
+    space, dls = get_space('digits'), digits_data(bs=200)
+    learn = kshot_learner(digits_net(channels=4), space, dls, K=4, branch=(.2, .5))
+    with learn.showing(False), pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=Interrupt())
+    assert learn.model.K == K
+    path = (1, 2, 3, 4)
+    with torch.no_grad(): code, = learn.k_shot.codes([path])
+    valid, train = held(dls.valid), dls.train.fixed(2)
+    score = score_path(learn.model, path, code, valid, train)
+    subnet = calibrated_subnet(learn.model, path, code, train)
+    assert accuracy_loss(subnet, valid).loss == pytest.approx(score.loss)

@@ -312,7 +312,7 @@ def _scores(self:LiveCallback) -> dict: # part of a record
 
 @patch
 def _drawing(self:LiveCallback):
-    self.learn.progress.bar.close() # the panel has one
+    self.learn.epoch_progress.hide() # the panel has a bar
     self._draw()
 
 @patch
