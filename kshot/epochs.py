@@ -97,7 +97,7 @@ class EpochRecorder(Recorder):
 class EpochProgress(Callback):
     "Show a bar of all batches and a row for each epoch, in the first process."
     name = 'progress'
-    order = EpochRecorder.order + 2 # after a callback that logs the epoch, before those that may end the training
+    order = EpochRecorder.order + 2 # after the log, before callbacks that may end it
     run_valid = False
 
     def __init__(self):
