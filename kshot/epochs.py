@@ -57,7 +57,7 @@ class LocalLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         self.count += 1
         loss = learn.loss.detach().mean()
-        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+        self.val = torch.lerp(loss, self.val.to(loss, non_blocking=True), self.beta)
 
 # %% ../nbs/49_epochs.ipynb #17f5ebcb
 class EpochRecorder(Recorder):

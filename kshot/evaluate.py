@@ -313,7 +313,7 @@ def recalibrate_bn(
             n_calls[name] = int(stats.get(f'{name}.num_batches_tracked', 0)) or calls[m]
         if xs: _check_moved(stats, n_calls, run, xs[0])
     if is_sharded: _average_over_ranks(stats, {name: n or len(xs) for name,n in n_calls.items()})
-    for name in counters: stats[name] = stats[name].to(device)
+    for name in counters: stats[name] = stats[name].to(device, non_blocking=True)
     return stats
 
 def _check_any(n:int, is_sharded:bool): # batches for batch norm

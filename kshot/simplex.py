@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from .base.inputs import take_rows
 from .space import Path, Space
 
 # %% ../nbs/30_simplex.ipynb #77c9a0ce
@@ -43,7 +44,7 @@ class SimplexNet(nn.Module):
         last.weight.mul_(scale[:,None])
 
     def _onehot(self, paths:Iterable[Path]) -> Tensor: # (N, sum of sizes)
-        return torch.from_numpy(self.space.onehot(paths)).to(self.net[0].weight)
+        return torch.from_numpy(self.space.onehot(paths)).to(self.net[0].weight, non_blocking=True)
 
     def forward(self,
         paths:list[Path], # N paths
@@ -80,7 +81,7 @@ class VertexCode(nn.Module):
 
     def forward(self, paths:list[Path]) -> Tensor:
         ids = [self.supernet_of(path) for path in paths]
-        return self.vertices[ids]
+        return take_rows(self.vertices, ids)
 
 # %% ../nbs/30_simplex.ipynb #6cc2b2b5
 class FreeCode(nn.Module):
@@ -97,7 +98,7 @@ class FreeCode(nn.Module):
 
     def forward(self, paths:list[Path]) -> Tensor:
         ids = [self.space.index(path) for path in paths]
-        return self.logits[ids].softmax(-1)
+        return take_rows(self.logits, ids).softmax(-1)
 
 # %% ../nbs/30_simplex.ipynb #9ec66e00
 def discrimination(

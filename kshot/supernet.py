@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from . import networks
-from .base.inputs import Input, join_rows, map_tensors, n_rows, split_rows, tensors_in
+from .base.inputs import (Input, join_rows, map_tensors, n_rows, split_rows, take_rows,
+                               tensors_in)
 from .lending import Lender, check_lendable, find_norms, frozen_modules, running_stats
 from .networks import (Op, Ops, Subnet, block_sizes, check_path, copy_network, op_modules,
                             op_owners, reads)
@@ -293,7 +294,7 @@ def weights(self:Supernet,
         for block_key in self.bank_keys(path): readers.setdefault(block_key, []).append(i)
     out = [{} for _ in paths]
     for (block,key),ids in readers.items():
-        mixed_by = codes if len(ids) == len(paths) else codes[ids]
+        mixed_by = codes if len(ids) == len(paths) else take_rows(codes, ids)
         if mixed_by.ndim == 3 and block is None: mixed_by = mixed_by.mean(1)
         elif mixed_by.ndim == 3: mixed_by = mixed_by[:,block]
         keep = None if gradients is None else partial(gradients.keep, key)
@@ -381,7 +382,7 @@ def fresh_stats(
     is_double = all(bank.dtype == torch.double for bank in supernet.banks.values())
     def copy_of(t): # in double precision, if the whole supernet is by now
         dtype = torch.double if is_double and t.is_floating_point() else t.dtype
-        return t.to(like.device, dtype, copy=True)
+        return t.to(like.device, dtype, non_blocking=True, copy=True)
     return {name: copy_of(t) for name,owners,t in supernet.fresh if owners & on_path}
 
 # %% ../nbs/20_supernet.ipynb #46266aa8

@@ -1,7 +1,7 @@
 """A GPU that is not there: torch's meta device has shapes and no numbers.
 
-A dispatch mode makes it as strict as a GPU: tensors of two devices never meet, and each number that
-the host asks for is counted, because the host waits for it. Tests marked `cuda` need a real GPU.
+A dispatch mode makes it as strict as a GPU: tensors of two devices never meet, and each time that the
+host would wait is counted: for a number that it asks for, or for a copy of its own numbers to get there.
 """
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kshot.data
 import kshot.train
-from kshot.benchmark import get_space
+from kshot.base.distributed import World
+from kshot.benchmark import get_benchmark, get_space, register
 from kshot.config import Config, make_learner
-from kshot.data import digits_data, digits_splits, held
+from kshot.data import TensorLoader, digits_data, digits_splits, held, loaders
 from kshot.evaluate import accuracy_loss, recalibrate_bn, score_paths
 from kshot.networks import digits_net, subnet
 from kshot.retrain import get_recipe, retrain
@@ -30,13 +31,22 @@ def is_read(func, kwargs): # does the host ask for numbers?
     is_copy_to_host = func is aten._to_copy.default and str(kwargs.get('device')) == 'cpu'
     return func is aten._local_scalar_dense.default or is_copy_to_host
 
+def is_sent(func, args, kwargs): # does the host wait until its numbers are copied?
+    if func is aten.lift_fresh.default: return args[0].is_meta # `torch.tensor(numbers, device=...)`
+    if func is aten._to_copy.default:
+        is_there = str(kwargs.get('device')) == 'meta' and not args[0].is_meta
+        return is_there and not kwargs.get('non_blocking')
+    return func is aten.copy_.default and args[0].is_meta > args[1].is_meta and not any(args[2:])
+
 class StrictDevice(TorchDispatchMode):
-    "Raise where tensors of two devices meet, and count how often the host waits for an answer."
-    n_reads = 0
+    "Raise where tensors of two devices meet, and count how often the host waits."
+    n_reads = 0 # for an answer
+    n_sent = 0  # for a copy
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [o for o in tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor)]
         devices = {t.device.type for t in tensors if t.ndim} # numbers of the host may go anywhere
+        self.n_sent += is_sent(func, args, kwargs)
         if is_read(func, kwargs):
             if tensors[0].is_meta:
                 self.n_reads += 1
@@ -83,6 +93,7 @@ def kind_id(kind): return '-'.join(f'{k}={v}' for k,v in kind.items())
 def test_training_and_scoring(gpu, kind):
     learn = make_learner(replace(CONFIG, **kind))
     assert devices(learn.model, learn.k_shot.codes) == {'meta'}
+    gpu.n_sent = 0
     quiet_fit(learn)
     assert learn.train_iter == 8
     is_greedy = kind.get('sampler') == 'greedy' # it asks for losses
@@ -93,6 +104,35 @@ def test_training_and_scoring(gpu, kind):
     scores = score_paths(learn.model, learn.k_shot.codes, space, paths, valid, train)
     assert len(scores) == 8
     assert gpu.n_reads == before + 8, 'scoring a path reads once'
+    assert not gpu.n_sent, 'the host waits for a copy'
+
+# all spaces, small
+
+def few_images(bs, passes=1, seed=0, n_train=0, shard=World()):
+    "Return random images to train and to score on, four and two batches of them."
+    generator = torch.Generator().manual_seed(seed)
+    def images(n):
+        x = torch.randn(n*bs, 3, 32, 32, generator=generator)
+        return TensorLoader(x, torch.arange(len(x))%10, bs, shard=shard)
+    return loaders(10, images(4), images(2))
+
+def small_config(name, **settings):
+    "Return settings of a space on a few random images."
+    known = get_benchmark(name)
+    recipe = replace(known.recipe, data=None, portion=None)
+    register(replace(known, name=f'small_{name}', data=few_images, recipe=recipe, x_shape=(3, 32, 32)), True)
+    sizes = dict(channels=8) | (dict(n_cells=1) if known.has_cells else {})
+    usual = dict(K=4, epochs=1, bs=32, branch='', warmup=0., mode='alternate')
+    return Config(space=f'small_{name}', **sizes, **usual | settings)
+
+@pytest.mark.parametrize('name', ['macro', 'nb201', 'nb101'])
+def test_no_step_of_another_space_waits(name, gpu):
+    more = dict(channelling='shuffled') if name == 'nb101' else {}
+    learn = make_learner(small_config(name, **more))
+    gpu.n_sent = 0
+    quiet_fit(learn)
+    assert learn.train_iter == 4
+    assert (gpu.n_reads, gpu.n_sent) == (2, 0)
 
 def test_what_is_extracted(gpu):
     space, dls = get_space('digits'), digits_data()

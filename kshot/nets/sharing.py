@@ -145,7 +145,7 @@ def channel_selector(
 
     if channelling == 'shuffled' and is_random and n_wanted < n:
         ids = torch.randperm(n)[:n_wanted]
-        return lambda t, dim: t.index_select(dim, ids.to(t.device))
+        return lambda t, dim: t.index_select(dim, ids.to(t.device, non_blocking=True))
     start = 0
     if channelling == 'random' and is_random: start = int(torch.randint(n-n_wanted+1, ()))
     return lambda t, dim: t.narrow(dim, start, n_wanted)
