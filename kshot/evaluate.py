@@ -187,12 +187,14 @@ def evaluating(
     supernet:Supernet, # in any mode; the mode of each module is restored afterwards
 ) -> Iterator[None]:
     "Switch to evaluation mode for a while."
-    training = {m: m.training for m in supernet.modules()}
-    if any(training.values()): supernet.eval()
+    modes = [(m, m.training) for m in (supernet, *supernet.lender.modules)]
+    was_training = supernet.training
+    if any(mode for _,mode in modes): supernet.eval()
     try: yield
     finally:
-        if supernet.training != training[supernet]: supernet.train()
-        for m,mode in training.items(): m.training = mode
+        if supernet.training != was_training: supernet.train()
+        for m,mode in modes:
+            if m.training != mode: m.training = mode
 
 def _count(norm:nn.Module, calls:Counter) -> list: # hooks that set its momentum
     def before(*_):
@@ -301,7 +303,7 @@ def recalibrate_bn(
     stats = fresh_stats(supernet, path)
     counters = [name for name in stats if name.endswith('num_batches_tracked')]
     for name in counters: stats[name] = torch.zeros_like(stats[name], device='cpu') # read there
-    norms = {name: supernet.net.get_submodule(name) for name in dict.fromkeys(map(_norm_of, stats))}
+    norms = {_norm_of(name): supernet.lender.holder(name)[0] for name in stats}
     device = next(supernet.parameters()).device
     xs = [x for x,_ in pairs(batches, device)]
     _check_any(len(xs), is_sharded)
@@ -354,7 +356,7 @@ def score_path(
 ) -> Scores:
     "Return the scores of one path in a supernet; `ValueError` as in `accuracy_loss`."
     on_device = pairs(batches, next(supernet.parameters()).device)
-    with threads_for(_first_input(batches)):
+    with evaluating(supernet), threads_for(_first_input(batches)):
         weights, = supernet.weights([path], code[None])
         forward = calibrated_forward(supernet, path, weights, calibration, is_sharded)
         return accuracy_loss(forward, on_device, is_sharded, loss_func, metric)

@@ -162,10 +162,6 @@ def _drop_stats(norm:nn.Module): # of torch
     for name in ('running_mean', 'running_var'): norm.__dict__[name] = OfBatch(name)
     norm.track_running_stats = False # in training, torch then passes no statistics on
 
-def _holder(net:nn.Module, name:str) -> tuple[nn.Module, str]: # module of a tensor, its name there
-    module, _, leaf = name.rpartition('.')
-    return net.get_submodule(module), leaf
-
 # %% ../nbs/19_lending.ipynb #19b1e011
 class Lender:
     "Take the weights out of a network, and lend it others for a run."
@@ -175,17 +171,27 @@ class Lender:
     ):
         self.net = net
         self.is_channels_last = is_channels_last(net)
-        self.places = {} # name of a weight -> module, its name there, what stands in for it
+        self.modules = [*net.modules()]
+        self.holders = {} # name of a tensor -> module, its name there
+        self.places = {} # name of a weight -> the same, and what stands in for it
         trained = [name for name,p in net.named_parameters(remove_duplicate=False) if p.requires_grad]
         for name in trained:
-            module, leaf = _holder(net, name)
-            self.places[name] = module, leaf, NotLent(name)
+            self.places[name] = *self.holder(name), NotLent(name)
         self.own_norms = [] # norms that torch would not let do without statistics
         for m in () if track_bn else find_norms(net).values():
             if is_torchs_norm(m): _drop_stats(m)
             else: self.own_norms.append(m)
         self.rnns = [m for m in net.modules() if isinstance(m, nn.RNNBase)]
         self.take_back(trained)
+
+    def holder(self,
+        name:str, # of a weight or a buffer
+    ) -> tuple[nn.Module, str]: # its name there
+        "Return the module that has a tensor."
+        if name not in self.holders:
+            module, _, leaf = name.rpartition('.')
+            self.holders[name] = self.net.get_submodule(module), leaf
+        return self.holders[name]
 
     def lend(self,
         weights:Mapping[str, Tensor], # by name
@@ -211,9 +217,10 @@ class Lender:
         for m in self.rnns: m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
 
 # %% ../nbs/19_lending.ipynb #19b1e015
+@patch
 @contextmanager
-def _lent_stats(net:nn.Module, stats:dict[str, Tensor]) -> Iterator[None]: # changed if a buffer is replaced
-    places = {name: _holder(net, name) for name in stats}
+def _lent_stats(self:Lender, stats:dict[str, Tensor]) -> Iterator[None]: # changed if a buffer is replaced
+    places = {name: self.holder(name) for name in stats}
     before = {name: module._buffers[leaf] for name,(module,leaf) in places.items()}
     absent = {name: module.__dict__.pop(leaf, None) for name,(module,leaf) in places.items()}
     without = [module for name,(module,_) in places.items() if absent[name] is not None]
@@ -237,7 +244,7 @@ def _in_training(norms:list[nn.Module]) -> Iterator[None]:
 
 @patch
 def _stats_for(self:Lender, stats:dict|None): # a context
-    if stats is not None: return _lent_stats(self.net, stats)
+    if stats is not None: return self._lent_stats(stats)
     return _in_training(self.own_norms) if self.own_norms else nullcontext()
 
 # %% ../nbs/19_lending.ipynb #19b1e016
