@@ -141,6 +141,8 @@ class EpochProgress(Callback):
 # %% ../nbs/49_epochs.ipynb #2b0e448c
 def _leave_it(row): "Log nothing: the callback for progress shows the row."
 
+_replaced = contextmanager(replacing_yield)
+
 class EpochLearner(Learner):
     "fastai's learner, with one thread if inputs are small, whose trainings look like all others here."
     def __init__(self, dls:DataLoaders, model:nn.Module, *args, **kwargs):
@@ -154,18 +156,18 @@ class EpochLearner(Learner):
     def showing(self,
         is_shown:bool, # bar and rows?
     ):
-        "Show a training meanwhile, or nothing of it."
-        yield from replacing_yield(self.epoch_progress, 'is_shown', is_shown)
+        "Show a training meanwhile, or nothing of it; yield the learner."
+        with _replaced(self.epoch_progress, 'is_shown', is_shown): yield self
 
     @contextmanager
     def no_bar(self):
-        "Show no bar meanwhile."
-        yield from replacing_yield(self.epoch_progress, 'has_bar', False)
+        "Show no bar meanwhile; yield the learner."
+        with _replaced(self.epoch_progress, 'has_bar', False): yield self
 
     @contextmanager
     def no_logging(self):
-        "Show no rows meanwhile."
-        yield from replacing_yield(self.epoch_progress, 'has_rows', False)
+        "Show no rows meanwhile; yield the learner."
+        with _replaced(self.epoch_progress, 'has_rows', False): yield self
 
     def fit(self, *args, **kwargs):
         "Fit as fastai does, and leave no bar behind."

@@ -41,15 +41,36 @@ def summary_of(
     return about | dict(state=_state(folder, record)) | _measured(record['results'])
 
 # %% ../../nbs/cli/75_overview.ipynb #609959b1
-def _summaries(runs:FilePath) -> Iterator[dict]: # of all runs in a folder, and of the runs in each
-    for folder in sorted(filter(FilePath.is_dir, runs.glob('*'))): # a study has no record of its own
-        if (folder/'run.json').exists(): yield _summary_or_not(runs, folder.name)
-        for part in runs_in(folder): yield _summary_or_not(runs, f'{folder.name}/{part}')
+def _about_study(folder:FilePath, name:str, results:Mapping[str, Mapping]) -> dict:
+    "Return what is known of a study: which space, and how many rows are done."
+    rows = json.loads((folder/'study.json').read_text())
+    spaces = sorted({row[1] for row in rows})
+    ends = [results[row[0]]['row'] for row in rows if 'row' in results.get(row[0], {})]
+    n_failed = sum('error' in end for end in ends)
+    failed = f', {n_failed} failed' if n_failed else ''
+    return dict(name=name, space=', '.join(spaces), K=None, state=f'{len(ends)} of {len(rows)} rows{failed}')
 
-def _summary_or_not(runs:FilePath, name:str) -> dict: # one damaged run hides no other
+def _unreadable(name:str) -> dict: # one damaged run hides no other
+    return dict(name=name, space='', K=None, state='cannot be read') | _measured({})
+
+def _summaries(runs:FilePath) -> Iterator[dict]: # of all runs in a folder, and of the runs in each
+    for folder in sorted(filter(FilePath.is_dir, runs.glob('*'))):
+        if (folder/'run.json').exists(): yield _summary_or_not(runs, folder.name)
+        parts = runs_in(folder)
+        if (folder/'study.json').exists():
+            results = {part: _results_or_none(folder/part) for part in parts}
+            try: yield _about_study(folder, folder.name, results) | _measured({})
+            except (OSError, ValueError, TypeError, LookupError): yield _unreadable(folder.name)
+            parts = [part for part in parts if 'row' not in results[part]] # begun, not done
+        for part in parts: yield _summary_or_not(runs, f'{folder.name}/{part}')
+
+def _results_or_none(folder:FilePath) -> dict:
+    try: return read_run(folder)['results']
+    except ValueError: return {}
+
+def _summary_or_not(runs:FilePath, name:str) -> dict:
     try: return summary_of(runs/name, name)
-    except ValueError:
-        return dict(name=name, space='', K=None, state='cannot be read') | _measured({})
+    except ValueError: return _unreadable(name)
 
 def _cells(row:Mapping) -> dict[str, str]: # heading -> text
     tau = '' if row['tau'] is None else f'{row["tau"]:.3f}'
@@ -76,7 +97,7 @@ def table_text(
 def ls(
     runs:FilePath=FilePath('runs'), # folder of runs
 ):
-    "List runs and what came out: tau by loss, the path that was found, its accuracy alone."
+    "List studies, and runs with what came out: tau by loss, the path found, its accuracy alone."
     rows = [*_summaries(runs)]
     if not rows: return dict(runs=[]), f'no runs in {runs}'
     return dict(runs=rows), table_text([_cells(row) for row in rows])

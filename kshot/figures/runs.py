@@ -10,8 +10,8 @@ import itertools, math, re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 import numpy as np, pandas as pd, plotly.graph_objects as go
-from fastprogress.fastprogress import format_time
 from plotly.subplots import make_subplots
+from ..base.progress import duration
 from .look import (
     GRAY, OKABE_ITO, SCALE, color_of, empty, finish, finite, joined, label_of, stacked, word_of)
 from ..search import pareto
@@ -232,7 +232,7 @@ def live_note(
     total = f' of {n_updates:,}' if n_updates > 0 else ''
     parts = [f'{update:,}{total} updates']
     if speed > 0: parts.append(f'{speed:.3g} a second')
-    if left > 0: parts.append(f'{format_time(left)} left')
+    if left > 0: parts.append(f'{duration(left)} left')
     return ', '.join(parts)
 
 # %% ../../nbs/figures/30_runs.ipynb #e5f30004

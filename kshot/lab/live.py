@@ -12,11 +12,11 @@ import numpy as np, pandas as pd, torch
 from ..epochs import EpochProgress # before fastai: it silences a warning of its import
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import first, patch
-from fastprogress.fastprogress import format_time
 from IPython.display import display
 from torch import nn
 from ..base.distributed import is_first, world
 from ..base.inputs import Input, map_tensors
+from ..base.progress import duration
 from ..evaluate import score_path
 from ..figures import plot_live
 from ..figures.runs import live_note
@@ -344,7 +344,7 @@ def after_fit(self:LiveCallback):
     if not self.is_running: return
     kinds = [k for k in self.budget.parts if k != 'look' or self.switch.stops < 2]
     if self.update: self._spend(kinds)
-    self._close(self.outcome or f'done in {format_time(self.budget.seconds)}')
+    self._close(self.outcome or f'done in {duration(self.budget.seconds)}')
 
 @patch
 def _close(self:LiveCallback, outcome:str):
