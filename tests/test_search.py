@@ -1,9 +1,16 @@
 "Searches that share a storage between processes, that are killed, and storages that fail"
 import os
+import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 from unittest.mock import patch
 
 import optuna
@@ -203,9 +210,56 @@ def test_an_error_shows_no_password(url):
     text = error_of(url)
     assert 'secret' not in text and '://*** cannot be used' in text
 
-def test_a_missing_driver_is_named():
-    with patch.dict('sys.modules', psycopg=None, psycopg2=None):
-        assert 'pip install "psycopg[binary]"' in error_of('postgresql://me:secret@host/db')
+def test_a_missing_driver_is_named(monkeypatch):
+    for name in ('psycopg', 'psycopg2'): monkeypatch.setitem(sys.modules, name, None)
+    assert 'pip install "psycopg[binary]"' in error_of('postgresql://me:secret@host/db')
+    assert 'expected postgresql+psycopg://' in error_of('postgres://me:secret@host/db')
+
+@pytest.fixture
+def postgres(monkeypatch):
+    "URL of an empty database of a server of its own; the password is in a file."
+    pytest.importorskip('psycopg', reason='needs psycopg')
+    if not shutil.which('pg_ctl'): pytest.skip('needs the programs of a PostgreSQL server')
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        user = dict(user='nobody') if os.getuid() == 0 else {} # the server refuses to run as root
+        if user: shutil.chown(folder, **user)
+        (folder/'password').write_text('secret')
+        (folder/'pgpass').write_text('*:*:*:kshot:secret')
+        (folder/'pgpass').chmod(0o600)
+        env = os.environ | dict(HOME=name, LC_ALL='C')
+        def run(program, *args):
+            command = [program, '-D', folder/'data', *args]
+            subprocess.run(command, check=True, cwd=folder, env=env, stdout=subprocess.DEVNULL, **user)
+        run('initdb', '-U', 'kshot', '-E', 'UTF8', '-A', 'scram-sha-256', '--pwfile', folder/'password')
+        run('pg_ctl', 'start', '-w', '-l', folder/'log', '-o', f'-k {folder} -c listen_addresses=')
+        monkeypatch.setenv('PGPASSFILE', f'{folder}/pgpass')
+        yield f'postgresql+psycopg://kshot@/postgres?host={folder}'
+        run('pg_ctl', 'stop', '-m', 'immediate')
+
+@pytest.mark.slow
+def test_a_server(postgres, tmp_path, monkeypatch):
+    "Workers start together on an empty database; one is killed, and goes on."
+    together = Barrier(4)
+    def open_one(_):
+        together.wait()
+        return open_study(postgres, None, 'first', ['maximize'], dict(space='toy'))
+    with ThreadPoolExecutor(4) as pool: studies = [*pool.map(open_one, range(4))]
+    assert len({study._study_id for study in studies}) == 1
+    workers = [start(tmp_path, name, 20, 'random', storage=postgres) for name in 'ab']
+    wait_for(lambda: started(tmp_path, 'a'), workers[0])
+    kill(workers[0])
+    finish(workers[1])
+    finish(start(tmp_path, 'a', 25, 'random', storage=postgres))
+    rows = search(SPACE, sum, 20, costs={'total': sum}, budgets={'total': 5}, storage=postgres)
+    assert len(rows) >= 25 and rows.path.is_unique
+    assert (rows.score == rows.path.map(lambda path: sum(map(int, path)))).all()
+    monkeypatch.delenv('PGPASSFILE')
+    assert 'no password supplied' in error_of(postgres)
+    text = error_of(postgres.replace('kshot@', 'kshot:mistake@'))
+    assert 'password authentication failed' in text and 'mistake' not in text
+    text = error_of(postgres.replace('/postgres?', '/absent?').replace('kshot@', 'kshot:secret@'))
+    assert 'database "absent" does not exist' in text
 
 def test_workers_without_locks(tmp_path):
     "As on a server without `locks`: workers have streams of their own; a path that both score counts once."

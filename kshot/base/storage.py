@@ -6,7 +6,7 @@
 __all__ = ['storage_errors', 'lock_folder', 'open_study', 'quiet_optuna']
 
 # %% ../../nbs/base/30_storage.ipynb #0b3acab9
-import os, re
+import os, random, re, time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -53,7 +53,8 @@ def _without_password(text:str, storage) -> str:
     for secret in sorted(secrets, key=len, reverse=True): text = text.replace(secret, '***')
     return text
 
-_driver = ', expected the driver of the database: for PostgreSQL, pip install "psycopg[binary]"'
+_EXPECTED = (', expected postgresql+psycopg:// and pip install "psycopg[binary]", '
+             'or mysql+pymysql:// and pip install pymysql')
 
 @contextmanager
 def storage_errors(
@@ -66,7 +67,8 @@ def storage_errors(
         e = e.__cause__ or e
         first = str(getattr(e, 'orig', None) or e).strip().partition('\n')[0]
         reason = f'{type(e).__name__}: {_without_password(first, storage)}'
-        if isinstance(e, ImportError): reason += _driver
+        is_missing = isinstance(e, ImportError) or "Can't load plugin" in first
+        if is_missing: reason += _EXPECTED
         raise ValueError(f'storage {_shown(storage)} cannot be used: {reason}') from None
 
 # %% ../../nbs/base/30_storage.ipynb #620127be
@@ -83,6 +85,15 @@ def lock_folder(
 # %% ../../nbs/base/30_storage.ipynb #52f64402
 def _journal_lock(locks:FilePath|None): return FileLock(locks/'journal') if locks else nullcontext()
 
+def _open_database(url:str) -> RDBStorage:
+    "Open a database; of workers that start together, each may try to make its tables."
+    for _ in range(100):
+        try: return RDBStorage(url)
+        except Exception as e:
+            if not re.search('already exists|duplicate', f'{e}', re.IGNORECASE): raise
+            time.sleep(.1*random.random())
+    return RDBStorage(url)
+
 def _open_storage(
     storage, # journal or URL
     locks:FilePath|None, # folder of the locks
@@ -90,7 +101,7 @@ def _open_storage(
     "Return Optuna's storage, created if missing; nothing is written to one that exists."
     lock = _journal_lock(locks)
     if '://' in str(storage):
-        with lock: return RDBStorage(storage)
+        with lock: return _open_database(storage)
     with lock: _check_journal(FilePath(storage)) # the folder of the lock is made, too
     try: return JournalStorage(JournalFileBackend(str(storage), lock))
     except (ValueError, KeyError, AssertionError) as e:
