@@ -163,7 +163,8 @@ def test_api_notebook_has_no_output(room):
 def test_notebook_is_clean(notebook):
     nb = read_nb(notebook)
     clean_nb(nb)
-    assert nb2str(nb) == notebook.read_text(encoding='utf-8'), 'run nbdev_clean; if that changes nothing, write it with write_nb'
+    advice = 'run nbdev_clean; if that changes nothing, write it with write_nb'
+    assert nb2str(nb) == notebook.read_text(encoding='utf-8'), advice
 
 @each_page
 def test_page_is_light(page): assert page.stat().st_size < 300_000

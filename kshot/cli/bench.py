@@ -145,40 +145,45 @@ def bench_step(
     channels:int=0, # of its stem; 0: the benchmark's
     px:int=0,       # of an image; 0: the benchmark's
     bf16:bool=False, # compute in bfloat16?
+    naive:bool=True, # measure eight networks that are summed, too?
 ) -> dict:          # ratios, medians in milliseconds, MiB
     "Measure the supernet step and the simplex step."
     contest = _contest(bs, space, channels, px)
     rng = np.random.default_rng(0)
-    paths = contest.space.sample(rng, rounds+2)
+    paths = contest.space.sample(rng, rounds)
     groups = [contest.space.sample(rng, 16) for _ in paths]
-    steps = _supernet_times(contest, Ks, bf16, paths, rounds)
-    loops = _simplex_times(contest, groups, rounds)
+    steps = _supernet_times(contest, Ks, bf16, naive, paths)
+    loops = _simplex_times(contest, groups)
     over = {f'K{K}_over_K1': ratio(steps, f'K{K}', 'K1') for K in Ks}
     over['K1_over_plain'] = ratio(steps, 'K1', 'plain')
-    over['naive_over_K1'] = ratio(steps, 'naive', 'K1')
+    if naive: over['naive_over_K1'] = ratio(steps, 'naive', 'K1')
     simplex = dict(over_one_shot_loop=ratio(loops, 'simplex', 'one_shot'))
     result = dict(space=space, channels=channels, px=contest.x.shape[-1], bf16=bf16, bs=bs,
                   rounds=rounds, threads=torch.get_num_threads(), supernet_step=over,
                   simplex_step=simplex, ms=milliseconds(steps) | milliseconds(loops))
     if not memory: return result
+    torch.cuda.empty_cache() # the other processes need it
     peaks = {}
     for name,K in ({f'K{K}': K for K in Ks} | dict(plain=0)).items():
         peaks[name] = round(peak_mib(K, bf16, bs, space, channels, px))
     return result | dict(peak_mib=peaks)
 
-def _supernet_times(contest:_Contest, Ks, bf16:bool, paths:list[Path], rounds:int) -> dict:
-    net, _, x, y = contest
+# %% ../../nbs/cli/60_bench.ipynb #a5c94a51
+def _times(contest:_Contest, steps:dict[str, Callable], paths:list) -> dict: # paths of each round
+    def take(step, i): step(contest.x, contest.y, paths[i % len(paths)])
+    warmup = len(paths) if torch.cuda.is_available() else 2 # a GPU loads kernels when they are first used
+    return interleaved({name: partial(take, step) for name,step in steps.items()}, len(paths), warmup)
+
+def _supernet_times(contest:_Contest, Ks, bf16:bool, naive:bool, paths:list[Path]) -> dict:
+    net = contest.net
     steps = dict(plain=plain_step(net, bf16))
     for K in Ks: steps[f'K{K}'] = supernet_step(net, K, bf16)
-    steps['naive'] = naive_step(net, 8)
-    def take(step, i): step(x, y, paths[i])
-    return interleaved({name: partial(take, step) for name,step in steps.items()}, rounds)
+    if naive: steps['naive'] = naive_step(net, 8)
+    return _times(contest, steps, paths)
 
-def _simplex_times(contest:_Contest, paths:list[list[Path]], rounds:int) -> dict:
-    net, _, x, y = contest
-    steps = dict(simplex=simplex_step(net, 8), one_shot=one_shot_loop(net))
-    def take(step, i): step(x, y, paths[i])
-    return interleaved({name: partial(take, step) for name,step in steps.items()}, rounds)
+def _simplex_times(contest:_Contest, groups:list[list[Path]]) -> dict:
+    net = contest.net
+    return _times(contest, dict(simplex=simplex_step(net, 8), one_shot=one_shot_loop(net)), groups)
 
 # %% ../../nbs/cli/60_bench.ipynb #60b18002
 def _fit(learners:list, config:Config, i:int):
@@ -202,7 +207,7 @@ def bench_train(
         learners = [make_learner(config) for _ in range(rounds+2)]
         steps[name] = partial(_fit, learners, config)
     has_gpu = torch.cuda.is_available()
-    times = interleaved(steps, rounds, time.perf_counter if has_gpu else time.process_time)
+    times = interleaved(steps, rounds, clock=time.perf_counter if has_gpu else time.process_time)
     over = {name: ratio(times, name, 'one_shot') for name in times}
     return dict(space=space, K=K, branch=branch, epochs=epochs, passes=passes, rounds=rounds,
                 threads=torch.get_num_threads(), over_one_shot=over, ms=milliseconds(times))

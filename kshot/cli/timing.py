@@ -14,13 +14,14 @@ import torch
 # %% ../../nbs/cli/45_timing.ipynb #206ebb92
 def interleaved(
     steps:dict[str, Callable], # name -> `step(i)`, called with the round's number
-    rounds:int,                # measured rounds; two more warm up
+    rounds:int,                # measured rounds
+    warmup:int=2,              # rounds before them, numbered from -warmup
     clock:Callable[[], float]=time.perf_counter, # `time.process_time`: blind to other processes
 ) -> dict[str, list[float]]:   # seconds of each round by name
     "Time contestants in turn, in a new order every round: none always follows the same one."
     times = {name: [] for name in steps}
     rng = np.random.default_rng(0)
-    for i in range(-2, rounds):
+    for i in range(-warmup, rounds):
         for name in rng.permutation(list(steps)):
             start = clock()
             steps[name](i)
