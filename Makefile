@@ -2,7 +2,8 @@
 VENV   ?= .venv#   another one: make test VENV=.venv313 PYTHON=python3.13
 PYTHON ?=#         the interpreter of a new VENV; by default the first that is new enough
 FLAGS  ?=#         tests that are left out unless named: slow cuda
-ARGS   ?=#         arguments of the command that demo, lab and bench run
+ARGS   ?=#         arguments of the command that demo, lab, bench and gpu run
+PART   ?=#         parts that gpu measures: tests steps scores macro nb201
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -36,6 +37,9 @@ lab: $(READY) ## JupyterLab on the quickstart
 bench: $(READY) ## what K supernets cost beside one
 	@$(BIN)/kshot bench $(ARGS)
 
+gpu: $(READY) ## check and measure what needs a GPU, into results/gpu; PART="steps scores" for some of it
+	@$(BIN)/python -W ignore tools/gpu.py $(PART) $(ARGS)
+
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
@@ -61,4 +65,4 @@ $(READY): settings.ini setup.py
 	$(BIN)/python -c 'import torch, torchvision' || { echo 'torch and torchvision do not fit each other: remove $(VENV) and try again' >&2; exit 2; }; \
 	touch $@
 
-.PHONY: help demo test lab bench readme docs setup
+.PHONY: help demo test lab bench gpu readme docs setup
