@@ -1,5 +1,5 @@
 "Whatever ends a job in the middle of a write is reported as that, never as an error of the file"
-import errno, os
+import errno, os, pty, subprocess, sys
 from unittest.mock import patch
 
 import numpy as np
@@ -140,3 +140,52 @@ def test_a_signal_in_the_middle_of_a_write(tmp_path):
     assert code and not out and 'cannot be written' not in err
     for rank in 0, 1: assert f'LostProcess: rank {rank} of 2 was told to stop' in err
     assert not list(tmp_path.iterdir())
+
+IN_A_TERMINAL = """
+import os, subprocess, sys, warnings
+from kshot.base import progress
+from kshot.base.files import write_file
+from kshot.cli.command import plain_end
+progress._EVERY['terminal'] = 0
+progress.shutil.get_terminal_size = lambda: os.terminal_size((80, 24))
+other = 'from kshot.cli.command import say; say("another process")'
+with plain_end('kshot test'):
+    with progress.Progress('letters', 9) as bar:
+        bar.update(1)
+        warnings.warn('a warning')
+        bar.update(2)
+        print('a line')
+        bar.update(3)
+        print('half', end='')
+        bar.update(4)
+        bar.write('epoch 1')
+        bar.update(5)
+        subprocess.run([sys.executable, '-c', other])
+        bar.update(6)
+        END
+"""
+
+def lines_of_a_terminal(code):
+    "Run code in a terminal; return the lines that stand there in the end."
+    master, terminal = pty.openpty()
+    with subprocess.Popen([sys.executable, '-c', code], stdin=terminal, stdout=terminal, stderr=terminal):
+        os.close(terminal)
+        written = b''
+        while True:
+            try: written += os.read(master, 4096)
+            except OSError: break # the other end is closed
+    os.close(master)
+    lines = written.decode().split('\r\n')
+    return [line.rpartition('\r\x1b[2K')[2] for line in lines] # from where it was last cleared
+
+@pytest.mark.parametrize('end, last', [
+    ("raise ValueError('wrong')", 'kshot test: wrong'),
+    ('raise KeyboardInterrupt', 'kshot test: interrupted; run the same command again to resume'),
+    ("raise RuntimeError('strange')", 'kshot test: RuntimeError: strange')])
+def test_a_line_beside_a_bar_stands_alone(end, last):
+    lines = lines_of_a_terminal(IN_A_TERMINAL.replace('END', end))
+    assert lines[0].endswith('UserWarning: a warning') and lines[0].startswith('<string>')
+    rest = lines[lines.index('a line'):]
+    assert rest[:4] == ['a line', 'half', 'epoch 1', 'another process']
+    assert rest[-2].startswith(last) and rest[-1] == '' and set(rest[4:-2]) <= {''}
+    assert not any('█' in line for line in lines)

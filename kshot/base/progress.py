@@ -52,6 +52,9 @@ class Progress:
         self.table = self.bar = '' # HTML in it
         self.is_begun = False # has anything been shown?
         self.is_open = True
+        self.is_drawn = False # does it stand in the terminal's last line?
+        self.is_mid_line = False # has somebody else begun a line there?
+        self.streams = {} # name in `sys` -> what stands there while the bar is open
 
     def __enter__(self): return self
 
@@ -72,8 +75,15 @@ class Progress:
         was_shown = self.is_open and self.is_begun
         self.is_open = False
         if not was_shown: return
-        if self.view == 'terminal': self._print(_CLEAR, end='')
         if self.view == 'notebook': self._display('')
+        self.erase()
+        for name,stream in self.streams.items():
+            if getattr(sys, name) is stream: setattr(sys, name, stream.stream)
+
+    def erase(self):
+        "Remove the bar from the terminal's line, until it is shown again."
+        if self.is_drawn: self._print(_CLEAR, end='')
+        self.is_drawn = False
 
 # %% ../../nbs/base/70_progress.ipynb #02b32e73
 @patch
@@ -86,7 +96,7 @@ def update(self:Progress,
     self.is_begun = True
     text = self.text(n)
     if self.view == 'plain': self._print(text)
-    elif self.view == 'terminal': self._print(self._bar(n, text), end='')
+    elif self.view == 'terminal': self._draw(self._bar(n, text))
     else: self._display(f'<progress value="{n}" max="{self.total or ""}"></progress> {text}')
 
 @patch
@@ -98,12 +108,38 @@ def write(self:Progress,
     if self.view == 'notebook' and table:
         self.table = table
         return self._display(self.bar)
-    if self.view == 'terminal' and self.is_begun: line = _CLEAR + line
+    self.erase()
     if self.view: self._print(line)
 
 # %% ../../nbs/base/70_progress.ipynb #d6d9cdd9
+class _Beside:
+    "Stream of a terminal; what is written begins on a line of its own while a bar stands there."
+    def __init__(self, stream, bar:Progress):
+        self.stream = stream
+        self.bar = bar
+
+    def write(self, text:str) -> int:
+        self.bar.erase()
+        if text and not text.startswith(_CLEAR): # which another bar writes
+            self.bar.is_mid_line = not text.endswith('\n')
+        return self.stream.write(text)
+
+    def __getattr__(self, name): return getattr(self.stream, name)
+
 @patch
-def _print(self:Progress, text:str, end:str='\n'): print(text, end=end, file=sys.stderr, flush=True)
+def _draw(self:Progress, bar:str):
+    if not self.streams:
+        names = ['stderr', 'stdout'] if sys.stdout.isatty() else ['stderr']
+        self.streams = {name: _Beside(getattr(sys, name), self) for name in names}
+        for name,stream in self.streams.items(): setattr(sys, name, stream)
+    self._print('\n'*self.is_mid_line + bar, end='')
+    self.is_drawn = True
+    self.is_mid_line = False
+
+@patch
+def _print(self:Progress, text:str, end:str='\n'):
+    stream = self.streams['stderr'].stream if self.streams else sys.stderr
+    print(text, end=end, file=stream, flush=True)
 
 @patch
 def _bar(self:Progress, n:int, text:str) -> str:

@@ -21,7 +21,7 @@ from ..base.files import locked, n_cores, write_json
 from ..base.progress import Progress
 from ..benchmark import get_benchmark
 from ..checkpoint import TrainingStopped
-from ..cli.command import refuse_word
+from ..cli.command import refuse_word, say
 from ..config import Config, space_of
 from ..evaluate import score_columns
 from ..figures import plot_effects, plot_heuristic, plot_metrics
@@ -136,7 +136,7 @@ def run_row(
         try: result = measure(row, run)
         except (TrainingStopped, torch.OutOfMemoryError) as e: # you can fix other errors and resume
             result = dict(error=f'{e}')
-            print(f'{row.name}: {e}', file=sys.stderr)
+            say(f'{row.name}: {e}')
         add_result(run, 'row', result, started)
         return result
 
@@ -243,17 +243,17 @@ def _work_in_process(folder:FilePath, i:int, threads:int): # number i on this ma
     try:
         with redirect_stdout(sys.stderr): work(folder, threads=threads)
     except (ValueError, OSError) as e:
-        print(e, file=sys.stderr)
+        say(f'{e}')
         sys.exit(2)
 
 def _watch(processes:list, rows:list[Row], folder:FilePath, progress:bool):
     "Wait until all processes have ended."
     left = [folder/row.name for row in rows if _result(folder/row.name) is None]
-    bar = Progress('rows of the study', len(rows), progress, n_before=len(rows)-len(left))
-    while alive := [process.sentinel for process in processes if process.is_alive()]:
-        wait(alive, timeout=2)
-        left = [run for run in left if _result(run) is None]
-        bar.update(len(rows)-len(left))
+    with Progress('rows of the study', len(rows), progress, n_before=len(rows)-len(left)) as bar:
+        while alive := [process.sentinel for process in processes if process.is_alive()]:
+            wait(alive, timeout=2)
+            left = [run for run in left if _result(run) is None]
+            bar.update(len(rows)-len(left))
 
 # %% ../../nbs/studies/30_study.ipynb #2dd0641f
 def _work_in_parallel(rows:list[Row], folder:FilePath, n:int, progress:bool) -> list[int]:
