@@ -23,7 +23,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from .average import decay_at
 from .base.distributed import agree, average_, average_stats, gather, is_first, world
 from .base.inputs import Input, n_rows
@@ -132,17 +132,26 @@ class Average(AveragedModel):
         module:nn.Module, # copied
         decay:float,      # largest decay per step, 0-1
     ):
-        super().__init__(module, multi_avg_fn=self._update, use_buffers=True)
-        self.decay = decay # the count of steps stays on the CPU, so nothing waits for a GPU
+        super().__init__(module, use_buffers=True)
+        self.decay = decay
         self.module.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def _update(self, averaged:list[Tensor], current:list[Tensor], _):
-        n = self.n_averaged.item()
-        if averaged[0].is_floating_point():
-            get_ema_multi_avg_fn(decay_at(n, self.decay))(averaged, current, n)
-        else:
-            for mean,t in zip(averaged, current): mean.copy_(t)
+    def update_parameters(self,
+        module:nn.Module, # with the weights of now
+    ):
+        "Move the average towards a module's weights and buffers."
+        n = self.n_averaged.item() # on the CPU, so nothing waits for a GPU
+        share = 1 - decay_at(n, self.decay) if n else 1.
+        averaged = _tensors_of(self.module)
+        current = _tensors_of(module)
+        floats = [[*filter(torch.is_floating_point, tensors)] for tensors in (averaged, current)]
+        torch._foreach_lerp_(*floats, share)
+        for mean,t in zip(averaged, current):
+            if not mean.is_floating_point(): mean.copy_(t)
+        self.n_averaged += 1
+
+def _tensors_of(module:nn.Module) -> list[Tensor]: return [*module.parameters(), *module.buffers()]
 
 # %% ../nbs/66_retrain.ipynb #16fed479
 def set_dropout(
