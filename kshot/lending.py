@@ -184,15 +184,6 @@ class Lender:
         self.rnns = [m for m in net.modules() if isinstance(m, nn.RNNBase)]
         self.take_back(trained)
 
-    def holder(self,
-        name:str, # of a weight or a buffer
-    ) -> tuple[nn.Module, str]: # its name there
-        "Return the module that has a tensor."
-        if name not in self.holders:
-            module, _, leaf = name.rpartition('.')
-            self.holders[name] = self.net.get_submodule(module), leaf
-        return self.holders[name]
-
     def lend(self,
         weights:Mapping[str, Tensor], # by name
     ):
@@ -215,6 +206,17 @@ class Lender:
 
     def _tell_rnns(self): # they keep a list of their weights
         for m in self.rnns: m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
+
+# %% ../nbs/19_lending.ipynb #96ff9819
+@patch
+def holder(self:Lender,
+    name:str, # of a weight or a buffer
+) -> tuple[nn.Module, str]: # its name there
+    "Return the module that has a tensor."
+    if name not in self.holders:
+        module, _, leaf = name.rpartition('.')
+        self.holders[name] = self.net.get_submodule(module), leaf
+    return self.holders[name]
 
 # %% ../nbs/19_lending.ipynb #19b1e015
 @patch
