@@ -18,7 +18,7 @@ import optuna
 import pandas as pd
 from fastcore.basics import patch
 from optuna.distributions import CategoricalDistribution
-from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from .base.files import FileLock
 from .base.progress import Progress
@@ -63,6 +63,11 @@ class Search:
         self.sync()
 
 # %% ../nbs/64_search.ipynb #ac5dbbf6
+class _InMemory: # a record without a storage
+    def __init__(self): self.trials = []
+    def add_trial(self, trial:FrozenTrial): self.trials.append(trial)
+    def get_trials(self, deepcopy:bool) -> list[FrozenTrial]: return self.trials
+
 @patch
 def _check_costs(self:Search):
     names = [*self.budgets]
@@ -75,9 +80,10 @@ def _check_costs(self:Search):
 def _cost(self:Search, path:Path) -> dict: return {k: f(path) for k,f in self.costs.items()}
 
 @patch
-def _open(self:Search) -> optuna.Study: # the record: finished trials of all workers
+def _open(self:Search) -> _InMemory|optuna.Study: # the record: finished trials of all workers
     blocks = [[b.name, *b.choices] for b in self.space.blocks]
     about = dict(space=self.space.name, blocks=blocks, tradeoff=self.tradeoff)
+    if self.storage is None: return _InMemory()
     with quiet_optuna():
         return open_study(self.storage, self.locks, self.name, self.directions, about)
 
@@ -98,18 +104,17 @@ def path_of(self:Search,
     return tuple(trial.params[k] for k in self.blocks)
 
 @patch
-def _finished(self:Search) -> list[FrozenTrial]: # trials in the record
-    with storage_errors(self.storage):
-        return self.record.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _recorded(self:Search, start:int=0) -> list[FrozenTrial]: # trials from this number on
+    with storage_errors(self.storage): return self.record.get_trials(deepcopy=False)[start:]
 
 @patch
 def sync(self:Search):
     "Read what any worker has finished since the last time; `ValueError` if the storage fails."
-    new = self._finished()[self.n_seen:]
+    new = self._recorded(self.n_seen)
     self.n_seen += len(new)
     for trial in new:
-        path = self.path_of(trial)
-        if path in self.scores: continue
+        path = self.path_of(trial) if trial.state == TrialState.COMPLETE else None
+        if path is None or path in self.scores: continue
         self.scores[path] = trial.values[0]
         self.n_done += self.fits(path)
         if self.study and path != self.current: self.study.add_trial(trial)
@@ -159,14 +164,14 @@ ENUMERABLE = 100_000 # combinations of a space whose paths are listed
 
 
 class _Proposals(NamedTuple):
-    make_sampler: Callable # `make_sampler(seed=)`, of Optuna
-    n_drawn: float         # paths drawn before the sampler is asked
+    make_sampler:Callable|None=None # `make_sampler(seed=)`, of Optuna; None: all paths are drawn
+    n_drawn:int=0                   # paths drawn before the sampler is asked
 
 ALGORITHMS:dict[Algorithm, _Proposals] = dict(
     tpe=_Proposals(TPESampler, 10),
     nsga2=_Proposals(partial(NSGAIISampler, population_size=50), 50),
-    random=_Proposals(RandomSampler, math.inf),
-    exhaustive=_Proposals(RandomSampler, math.inf))
+    random=_Proposals(),
+    exhaustive=_Proposals())
 
 # %% ../nbs/64_search.ipynb #3c1675b3
 @patch
@@ -183,9 +188,11 @@ def _listed(self:Search, rng, algorithm:Algorithm) -> Callable:
     def lowest(k): return min((self.cost(p)[k] for p in paths), default=math.nan)
     if not left: raise self._no_path(lowest)
     if algorithm != 'exhaustive': left = [left[i] for i in rng.permutation(len(left))]
+    left.reverse() # the next one is last
+    def is_done(p): return p in self.scores and p not in self.replay
     def tries():
-        left[:] = [p for p in left if p not in self.scores or p in self.replay]
-        return iter(left)
+        while left and is_done(left[-1]): left.pop()
+        return (p for p in reversed(left) if not is_done(p))
     return tries
 
 # %% ../nbs/64_search.ipynb #b3999862
@@ -258,7 +265,7 @@ def mutate(self:Search,
 @patch
 def propose(self:Search,
     draw:Callable, # `draw()` gives a path that was taken, or None
-    n_drawn:float, # paths drawn before the sampler is asked
+    n_drawn:int,   # paths drawn before the sampler is asked
 ) -> Trial|None:   # None: nothing is left
     "Return the trial of a path that is ours to score."
     path = None
@@ -311,6 +318,8 @@ def evaluate(self:Search,
     score:Callable, # `score(path)`, a number, higher is better
 ):
     "Score a path of your choice and record it; `ValueError` as in `finish`."
+    if self.replay.pop(path, None): return
+    self.replay.clear() # scored by other workers
     try:
         about = dict(path=self.space.format(path))
         params = dict(zip(self.blocks, path))
@@ -362,7 +371,9 @@ def run(self:Search,
             self.is_cut = show() is False and self.n_done < n
             return self.n_done < n and not self.is_cut
         n_drawn = ALGORITHMS[algorithm].n_drawn
-        while goes_on() and (trial := self.propose(draw, n_drawn)): self.finish(trial, score)
+        while self.study and goes_on() and (trial := self.propose(draw, n_drawn)):
+            self.finish(trial, score)
+        while not self.study and goes_on() and (path := draw()): self.evaluate(path, score)
     return self.frame()
 
 @patch
@@ -370,12 +381,15 @@ def _start(self:Search, algorithm:Algorithm, seed:list|None) -> Callable: # as `
     seeds = np.random.SeedSequence(seed)
     self.rng = np.random.default_rng(seeds)
     tries = self.candidates(self.rng, algorithm)
-    sampler = ALGORITHMS[algorithm].make_sampler(seed=int(seeds.generate_state(1)[0]))
-    self.study = optuna.create_study(sampler=sampler, directions=self.directions)
-    trials = self._finished()[:self.n_seen]
+    make_sampler = ALGORITHMS[algorithm].make_sampler
+    self.study = None
+    if make_sampler:
+        sampler = make_sampler(seed=int(seeds.generate_state(1)[0]))
+        self.study = optuna.create_study(sampler=sampler, directions=self.directions)
+    trials = [t for t in self._recorded()[:self.n_seen] if t.state == TrialState.COMPLETE]
     is_replayed = algorithm != 'exhaustive' and seed is not None
     self.replay = {self.path_of(t): t for t in reversed(trials)} if is_replayed else {}
-    if not self.replay: self.study.add_trials(trials)
+    if self.study and not self.replay: self.study.add_trials(trials)
     return tries
 
 # %% ../nbs/64_search.ipynb #fefcdf5a
