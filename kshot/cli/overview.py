@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from ..base.files import read_log
 from .command import command
-from ..folders import find_run, read_run, run_folder, runs_in
+from ..folders import check_folder, find_run, read_run, run_folder, runs_in
 
 # %% ../../nbs/cli/75_overview.ipynb #aef3763e
 def _measured(results:Mapping) -> dict: # what a ranking, a search and a retraining left
@@ -100,6 +100,7 @@ def ls(
     runs:FilePath=FilePath('runs'), # folder of runs
 ):
     "List studies, and runs with what came out: tau by loss, the path found, its accuracy alone."
+    check_folder(runs)
     rows = [*_summaries(runs)]
     if not rows: return dict(runs=[]), f'no runs in {runs}'
     return dict(runs=rows), table_text([_cells(row) for row in rows])
