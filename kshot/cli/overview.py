@@ -74,6 +74,7 @@ def _summary_or_not(runs:FilePath, name:str) -> dict:
     try: return summary_of(runs/name, name)
     except ValueError: return _unreadable(name)
 
+# %% ../../nbs/cli/75_overview.ipynb #57d51d8e
 def _cells(row:Mapping) -> dict[str, str]: # heading -> text
     tau = '' if row['tau'] is None else f'{row["tau"]:.3f}'
     if tau and row['low'] is not None: tau += f' ({row["low"]:.2f} to {row["high"]:.2f})'
