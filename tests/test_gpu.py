@@ -6,6 +6,7 @@ host would wait is counted: for a number that it asks for, or for a copy of its 
 The last part needs a real GPU. Its tests run on the CPU too, where they show that they work.
 """
 import json
+import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -308,11 +309,18 @@ def test_the_script_measures(tmp_path):
     assert all(result['is_done'] for result in results.values())
     assert [row['bf16'] for row in results['steps']['rows'].values()] == [False, True]
     assert results['scores']['rows']['nb201']['paths_per_second']['K4'] > 0
-    assert results['tests']['rows']['tests'] == dict(passed=1, failed={}, skipped={})
+    assert results['tests']['rows']['tests'] == dict(is_done=True, passed=1, failed={}, skipped={})
 
-def test_the_script_without_memory_or_a_driver(monkeypatch, capsys):
-    def too_large(): raise torch.OutOfMemoryError
-    assert gpu_script.measured(too_large) == dict(out_of_memory=True)
+def test_the_script_says_what_is_wrong(monkeypatch, capsys):
+    def raising(error):
+        def piece(): raise error
+        return piece
+    apart = subprocess.CalledProcessError(1, 'python', stderr='\ntorch.OutOfMemoryError: 2 GiB\n')
+    for error in torch.OutOfMemoryError(), apart:
+        assert gpu_script.measured(raising(error)) == dict(is_done=True, out_of_memory=True)
+    wrong = dict(is_done=False, error='RuntimeError: of a kernel')
+    assert gpu_script.measured(raising(RuntimeError('of a kernel'))) == wrong
+    capsys.readouterr()
     less = Finding('devices', 'cuda', 'less', 'torch was built without CUDA', do='install a CUDA build')
     monkeypatch.setattr(gpu_script, 'look_devices', lambda: [less])
     with pytest.raises(SystemExit): gpu_script.main([])

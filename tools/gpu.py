@@ -8,12 +8,12 @@ A part that is done is skipped, and one that was interrupted goes on. Without a 
 that shows that the script works, in less than a minute.
 """
 import argparse
-import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -154,15 +154,19 @@ def pieces_of(part:str, args, deadline:float) -> dict:
 # the parts
 
 def measured(piece) -> dict:
-    "Measure a piece; a GPU that is too small for it is a result."
-    try: return piece()
-    except torch.OutOfMemoryError: pass # leave the handler first: the error holds tensors
-    except subprocess.CalledProcessError as e:
-        if 'OutOfMemoryError' not in e.stderr: raise
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-    return dict(out_of_memory=True)
+    "Measure a piece; a GPU that is too small for it is a result, and an error does not end the others."
+    try: return dict(is_done=True) | piece()
+    except (torch.OutOfMemoryError, subprocess.CalledProcessError) as e:
+        text = getattr(e, 'stderr', 'OutOfMemoryError')
+    except (ValueError, OSError) as e: text = str(e)
+    except Exception as e:
+        traceback.print_exc()
+        text = f'{type(e).__name__}: {e}'
+    finally: torch.cuda.empty_cache()
+    if 'OutOfMemoryError' in text: return dict(is_done=True, out_of_memory=True)
+    error = text.strip().rpartition('\n')[2]
+    print(error, file=sys.stderr)
+    return dict(is_done=False, error=error)
 
 def check_same(result:dict, here:dict, fname:Path):
     "Raise `ValueError` if half of a result was measured on another machine, or in other sizes."
@@ -184,13 +188,16 @@ def work_on(part:str, args) -> str:
     has_begun = False
     for name,piece in pieces_of(part, args, deadline).items():
         row = result['rows'].setdefault(name, {})
-        if row and row.get('is_done', True): continue
+        if row.get('is_done'): continue
         if has_begun and time.monotonic() > deadline: return f'{fname} lacks {name}: call it again'
         has_begun = True
         print(f'{part}: {name}', file=sys.stderr)
+        row.pop('error', None)
         row |= measured(piece)
         write_json(fname, result)
-        if not row.get('is_done', True): return f'{fname} has half of {name}: call it again'
+        if not row['is_done'] and 'error' not in row: return f'{fname} has half of {name}: call it again'
+    failed = [name for name,row in result['rows'].items() if 'error' in row]
+    if failed: raise ValueError(f'no result for {", ".join(failed)}: call it again to try once more')
     write_json(fname, result | dict(is_done=True))
     return f'{fname} is done'
 
