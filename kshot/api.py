@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import nn
+from .base.options import check_option
 from .benchmark import Benchmark, get_benchmark, get_net, get_space, register
 from .cost import Cost
 from .data import DataLoaders, digits_data, get_data, held
@@ -45,6 +46,18 @@ class Found(NamedTuple):
     ranking:pd.DataFrame|None # as of `kshot.rank.rank_scores`; None: there is no truth
     learn:KShotLearner   # fitted
 
+def _check_request(space, dls, n_paths, algorithm, truth):
+    check_option('space', space, Space)
+    check_option('dls', dls, DataLoaders)
+    check_option('algorithm', algorithm, Algorithm)
+    check_option('n_paths', n_paths, int)
+    if n_paths < 1: raise ValueError(f'n_paths={n_paths}, expected at least 1')
+    if truth is None: return
+    check_option('truth', truth, pd.DataFrame)
+    for path in truth.index: space.parse(path)
+
+
+# %% ../nbs/90_api.ipynb #bd5551ee
 def find_path(
     net:nn.Module,     # `forward(x, path)`, see `kshot.networks`
     space:Space,       # its paths
@@ -62,6 +75,7 @@ def find_path(
     **kwargs,          # of `kshot_learner`, such as `branch`
 ) -> Found:
     "Train supernets, search them for their best path, and rank their paths if there is a truth."
+    _check_request(space, dls, n_paths, algorithm, truth) # before a long training
     usual = dict(seed=seed, lr=lr, loss_func=loss_func, metrics=metric)
     learn = kshot_learner(net, space, dls, K, **usual | kwargs)
     with learn.showing(progress): learn.fit(epochs, cbs=cosine(lr))

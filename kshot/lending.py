@@ -20,6 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 from .base.inputs import Input, tensors_in
+from .base.options import check_option
 from .networks import is_channels_last, laid_out
 from .space import Path
 
@@ -138,10 +139,12 @@ def _why_not_kept(value:object, params:set[Tensor], modules:set[nn.Module]) -> s
     is_around_module = any(isinstance(cell.cell_contents, nn.Module) for cell in cells)
     return 'a function made around a module, expected a method' if is_around_module else ''
 
+# %% ../nbs/19_lending.ipynb #b8b27b12
 def check_lendable(
     net:nn.Module, # any
 ):
-    "Raise `ValueError` for a network whose weights cannot be lent."
+    "Raise `ValueError` for a network whose weights cannot be lent, `TypeError` for no module."
+    check_option('net', net, nn.Module)
     params = set(net.parameters())
     modules = set(net.modules())
     for name,m in net.named_modules():

@@ -246,7 +246,9 @@ def check_path(
     path:Path,             # op index per block
     sizes:tuple[int, ...], # choices of each block
 ):
-    "Raise `ValueError` unless a path goes through blocks of these sizes."
+    "Raise `ValueError` unless a path goes through blocks of these sizes; `TypeError` for a string."
+    if isinstance(path, str):
+        raise TypeError(f'path {path!r}, expected op numbers such as {(0,)*len(sizes)}')
     if len(path) != len(sizes):
         raise ValueError(f'path {tuple(path)} has {len(path)} ops, expected {len(sizes)}')
     for l,(o,n) in enumerate(zip(path, sizes)):

@@ -17,6 +17,7 @@ from .data import held # before fastai: it silences a warning of fastai's import
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .base.distributed import World, agree, distributed, is_first
+from .base.options import check_option
 from .base.progress import Progress
 from .checkpoint import CheckpointCallback, check_tensors, checkpoints, load_model, load_newest
 from .checkpoint import load_weights, plain_errors
@@ -97,6 +98,7 @@ def train_run(
     progress:bool=True, # show a bar and the epochs?
 ) -> Learner:          # fitted
     "Train supernets into a folder; raise `ValueError` if it is not free or holds nothing to resume."
+    check_option('config', config, Config)
     folder = FilePath(folder)
     config = _config_to_train(config, folder, resume)
     source = None if resume else source_weights(config)

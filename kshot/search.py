@@ -21,6 +21,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from .base.files import FileLock
+from .base.options import check_option
 from .base.progress import Progress
 from .base.storage import lock_folder, open_study, quiet_optuna, storage_errors
 from .settings import Algorithm
@@ -38,6 +39,7 @@ class Search:
         name:str='search',       # of the study: a storage can hold several
         locks=None,              # folder, one per storage; None: next to a file, none for a server
     ):
+        check_option('space', space, Space)
         self.space = space
         self.costs = costs or {}
         self.budgets = budgets or {}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .base.inputs import take_rows
+from .base.options import check_option
 from .space import Path, Space
 
 # %% ../nbs/30_simplex.ipynb #77c9a0ce
@@ -26,6 +27,8 @@ class SimplexNet(nn.Module):
         per_block:bool=False, # one code per block instead of one per path?
     ):
         super().__init__()
+        check_option('space', space, Space)
+        if K < 1: raise ValueError(f'K={K}, expected at least 1')
         self.space = space
         self.K = K
         self.L = len(space.blocks) if per_block else None

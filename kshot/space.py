@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 import numpy as np
 from fastcore.basics import patch
+from .base.options import check_option
 
 # %% ../nbs/00_space.ipynb #19ead57d
 Kind = Literal['op', 'width', 'input'] # what there is to choose
@@ -31,6 +32,8 @@ class Block:
             expected = ', '.join(kinds)
             raise ValueError(f'block {self.name!r} of kind {self.kind!r}, '
                              f'expected one of {expected}')
+        if isinstance(self.choices, str):
+            raise TypeError(f'block {self.name!r} with choices {self.choices!r}, expected a tuple of names')
         if not self.choices:
             raise ValueError(f'block {self.name!r} has no choices: expected at least one')
 
@@ -47,6 +50,9 @@ class Space:
     is_valid:Callable[[Path], bool]|None=None # rule; None: every combination of choices is a path
     members:Callable[[], np.ndarray]|None=None # `(N, L)` a path per architecture; None: all paths
     strings:tuple[Writer, Reader]|None=None # notation of the benchmark
+
+    def __post_init__(self):
+        for block in self.blocks: check_option('block', block, Block)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -65,9 +71,12 @@ def check(self:Space,
     path:Iterable[int], # one index per block
 ) -> Path:              # the same as a tuple of ints
     "Return a path as a tuple; `ValueError` if it is not in this space, `TypeError` if not ints."
-    path = tuple(int(operator.index(o)) for o in path)
-    n_ops = len(path)
     n_blocks = len(self.blocks)
+    try: path = tuple(int(operator.index(o)) for o in path)
+    except TypeError as e:
+        expected = f'op numbers such as {(0,)*n_blocks}'
+        raise TypeError(f'path {str(path)[:200]!r}, expected {expected}') from e
+    n_ops = len(path)
     if n_ops != n_blocks:
         raise ValueError(f'path {str(path)[:200]} has {n_ops} ops, '
                          f'expected {n_blocks} for space {self.name!r}')

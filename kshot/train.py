@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from .average import AverageCallback
 from .base.distributed import agree, average_, average_stats, world
 from .base.inputs import Input, join_rows, map_tensors, n_rows
+from .base.options import check_option
 from .base.threads import choose_threads
 from .cost import Cost
 from .epochs import EpochLearner
@@ -544,6 +545,8 @@ def kshot_learner(
 ) -> KShotLearner:   # its `model` is the `Supernet`, and `model.codes` makes the codes
     "Return a learner of K-shot supernets; `ValueError` for a network of another space."
     def take(kind): return {k: kwargs.pop(k) for k in signature(kind).parameters if k in kwargs}
+    for name,value,kind in ('net', net, nn.Module), ('space', space, Space):
+        check_option(name, value, kind)
     splits = branching(K, branch)
     supernet = Supernet(net, 1 if splits else K, **take(Supernet))
     supernet.K_end = K

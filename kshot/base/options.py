@@ -55,7 +55,9 @@ def check_option(
     is_number_by_accident = isinstance(value, bool) and bool not in kinds
     if is_number_by_accident or not isinstance(value, accepted):
         expected = ' or '.join(kind.__name__ for kind in kinds)
-        raise TypeError(f'{name}={value!r}, expected {expected}')
+        given = f'{name}={value!r}'
+        if len(given) > 80: given = f'{name} is of type {type(value).__name__}'
+        raise TypeError(f'{given}, expected {expected}')
     choices = choices_of(annotation)
     if choices and value is not None and value not in choices:
         hint = did_you_mean(value, choices)
