@@ -78,12 +78,16 @@ def _set_aside(d:np.ndarray) -> np.ndarray: # `(S,)` bools
 def _noise(d:np.ndarray) -> tuple[float, int]: # variance of a single run, degrees of freedom
     "Estimate noise as the residual of the two-way fit, with the baseline as a row of zeros."
     y = np.vstack([np.zeros(d.shape[1]), d])
-    setting, seed = np.nonzero(np.isfinite(y))
-    X = np.hstack([np.eye(len(y))[setting], np.eye(d.shape[1])[seed]])
-    y = y[setting,seed]
+    is_known = np.isfinite(y)
+    n = is_known.sum(1)
+    setting, seed = np.nonzero(is_known)
+    share = is_known/np.maximum(n, 1)[:,None]
+    mean = np.nansum(y, axis=1)/np.maximum(n, 1)
+    X = np.eye(d.shape[1])[seed] - share[setting] # what each setting's mean leaves of the seeds
+    y = y[setting,seed] - mean[setting]
     fit, _, rank, _ = np.linalg.lstsq(X, y)
-    df = len(y)-rank
-    return ((y-X@fit)**2).sum()/max(df, 1), df
+    df = len(y)-rank-(n > 0).sum()
+    return ((y-X@fit)**2).sum()/max(df, 1), int(df)
 
 # %% ../../nbs/studies/20_effects.ipynb #b2a93dc9
 def _intervals(
