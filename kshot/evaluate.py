@@ -187,14 +187,12 @@ def evaluating(
     supernet:Supernet, # in any mode; the mode of each module is restored afterwards
 ) -> Iterator[None]:
     "Switch to evaluation mode for a while."
-    modes = [(m, m.training) for m in (supernet, *supernet.lender.modules)]
-    was_training = supernet.training
-    if any(mode for _,mode in modes): supernet.eval()
+    modes = {m: m.training for m in supernet.modules()}
+    if any(modes.values()): supernet.eval()
     try: yield
     finally:
-        if supernet.training != was_training: supernet.train()
-        for m,mode in modes:
-            if m.training != mode: m.training = mode
+        for m,mode in modes.items():
+            if m.training != mode: m.training = mode # a look costs less than setting one
 
 def _count(norm:nn.Module, calls:Counter) -> list: # hooks that set its momentum
     def before(*_):

@@ -174,7 +174,6 @@ class Lender:
     ):
         self.net = net
         self.is_channels_last = is_channels_last(net)
-        self.modules = [*net.modules()]
         self.holders = {} # name of a tensor -> module, its name there
         self.places = {} # name of a weight -> the same, and what stands in for it
         trained = [name for name,p in net.named_parameters(remove_duplicate=False) if p.requires_grad]

@@ -228,6 +228,7 @@ class Breaks(Normed):
 def test_everything_comes_back_after_an_exception(norm):
     supernet = Supernet(Breaks(norm), 1, track_bn=True)
     supernet.net.drop.eval()
+    supernet.codes = nn.Dropout().eval()
     modes = {m: m.training for m in supernet.modules()}
     before = copy.deepcopy(supernet.state_dict())
     weights, = supernet.weights([(0,)], ONE[None])

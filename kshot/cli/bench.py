@@ -213,39 +213,10 @@ def bench_train(
                 threads=torch.get_num_threads(), over_one_shot=over, ms=milliseconds(times))
 
 
-# %% ../../nbs/cli/60_bench.ipynb #1b865678
-def bench_score(
-    space:str='macro', # whose network
-    channels:int=8, # of its stem
-    n_cells:int=0,  # number of cells; 0: the benchmark's
-    px:int=16,      # of an image
-    n:int=100,      # paths per round
-    n_valid:int=500, # images that are scored
-    rounds:int=3,   # of each contestant
-) -> dict:          # ratios of times and paths per second
-    "Measure the scoring of paths."
-    torch.manual_seed(0)
-    net = get_net(space, channels, n_cells).to(fastest_device())
-    batches = [_random_batch(n_valid, px)]
-    calibration = [_random_batch(64, px) for _ in range(4)]
-    paths = get_space(space).sample(np.random.default_rng(0), n)
-    one = Supernet(net, 1)
-    four = Supernet(net, 4)
-    def score(supernet, bf16, i): _score_each(supernet, paths, batches, calibration, bf16)
-    def tree(i): score_chain(one, paths, batches, calibration)
-    steps = dict(K1=partial(score, one, False), K4=partial(score, four, False),
-                 K4_bf16=partial(score, four, True))
-    if is_tree(net): steps['K1_tree'] = tree
-    times = interleaved(steps, rounds)
-    rates = {name: round(n/statistics.median(seconds), 1) for name,seconds in times.items()}
-    over = {name: ratio(times, name, 'K1') for name in times}
-    return dict(space=space, channels=channels, n_cells=n_cells, px=px, n=n, n_valid=n_valid,
-                rounds=rounds, threads=torch.get_num_threads(), paths_per_second=rates,
-                time_over_K1=over)
-
-def _random_batch(n:int, px:int) -> tuple[Tensor, Tensor]: # images, classes
+# %% ../../nbs/cli/60_bench.ipynb #e5cb443f
+def _random_batch(n:int, n_colors:int, px:int) -> tuple[Tensor, Tensor]: # images, classes
     device = fastest_device()
-    images = torch.randn(n, 3, px, px, device=device)
+    images = torch.randn(n, n_colors, px, px, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     return images, torch.randint(0, 10, (n,), device=device)
 
@@ -253,6 +224,47 @@ def _score_each(supernet:Supernet, paths:list[Path], batches:list, calibration:l
     code = torch.full((supernet.K,), 1/supernet.K, device=fastest_device())
     with torch.autocast(code.device.type, torch.bfloat16, bf16):
         for path in paths: score_path(supernet, path, code, batches, calibration)
+
+@torch.no_grad()
+def _run_each(net:nn.Module, paths:list[Path], batches:list, calibration:list):
+    for path in paths:
+        net.train()
+        for x,_ in calibration: net(x, path)
+        net.eval()
+        for x,_ in batches: net(x, path)
+
+# %% ../../nbs/cli/60_bench.ipynb #1b865678
+def bench_score(
+    space:str='macro', # whose network
+    channels:int=8, # of its stem
+    n_cells:int=0,  # number of cells; 0: the benchmark's
+    px:int=16,      # of an image, at most the benchmark's
+    n:int=100,      # paths per round
+    n_valid:int=500, # images that are scored
+    rounds:int=3,   # of each contestant
+) -> dict:          # ratios of times and paths per second
+    "Measure the scoring of paths."
+    torch.manual_seed(0)
+    n_colors, usual_px, _ = get_benchmark(space).x_shape
+    px = min(px, usual_px)
+    net = get_net(space, channels, n_cells).to(fastest_device())
+    batches = [_random_batch(n_valid, n_colors, px)]
+    calibration = [_random_batch(64, n_colors, px) for _ in range(4)]
+    paths = get_space(space).sample(np.random.default_rng(0), n)
+    one = Supernet(net, 1)
+    four = Supernet(net, 4)
+    def score(supernet, bf16, i): _score_each(supernet, paths, batches, calibration, bf16)
+    def tree(i): score_chain(one, paths, batches, calibration)
+    def bare(i): _run_each(net, paths, batches, calibration)
+    steps = dict(bare=bare, K1=partial(score, one, False), K4=partial(score, four, False),
+                 K4_bf16=partial(score, four, True))
+    if is_tree(net): steps['K1_tree'] = tree
+    times = interleaved(steps, rounds)
+    rates = {name: round(n/statistics.median(seconds), 1) for name,seconds in times.items()}
+    over = {name: ratio(times, name, 'bare') for name in times}
+    return dict(space=space, channels=channels, n_cells=n_cells, px=px, n=n, n_valid=n_valid,
+                rounds=rounds, threads=torch.get_num_threads(), paths_per_second=rates,
+                time_over_bare=over)
 
 # %% ../../nbs/cli/60_bench.ipynb #81a70396
 def bench_data(
