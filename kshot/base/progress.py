@@ -20,9 +20,12 @@ def is_notebook() -> bool:
 
 _EVERY = dict(notebook=1., terminal=.3, plain=60.) # seconds between two views
 
+def _is_terminal(stream) -> bool: # `None`, or an object that can only write, is none
+    return hasattr(stream, 'isatty') and stream.isatty()
+
 def _view() -> str: # key of `_EVERY`
     if is_notebook(): return 'notebook'
-    return 'terminal' if sys.stderr.isatty() else 'plain'
+    return 'terminal' if _is_terminal(sys.stderr) else 'plain'
 
 def duration(
     seconds:float, # at least 0
@@ -70,21 +73,6 @@ class Progress:
 
     def __exit__(self, *_): self.close()
 
-    def close(self):
-        "Remove the bar."
-        was_shown = self.is_open and self.is_begun
-        self.is_open = False
-        if not was_shown: return
-        if self.view == 'notebook': self._display('')
-        self.erase()
-        for name,stream in self.streams.items():
-            if getattr(sys, name) is stream: setattr(sys, name, stream.stream)
-
-    def erase(self):
-        "Remove the bar from the terminal's line, until it is shown again."
-        if self.is_drawn: self._print(_CLEAR, end='')
-        self.is_drawn = False
-
 # %% ../../nbs/base/70_progress.ipynb #02b32e73
 @patch
 def update(self:Progress,
@@ -114,6 +102,8 @@ def write(self:Progress,
 # %% ../../nbs/base/70_progress.ipynb #d6d9cdd9
 class _Beside:
     "Stream of a terminal; what is written begins on a line of its own while a bar stands there."
+    stream = None # until a copy has its own
+
     def __init__(self, stream, bar:Progress):
         self.stream = stream
         self.bar = bar
@@ -124,12 +114,14 @@ class _Beside:
             self.bar.is_mid_line = not text.endswith('\n')
         return self.stream.write(text)
 
+    def writelines(self, lines:Iterable[str]): self.write(''.join(lines))
+
     def __getattr__(self, name): return getattr(self.stream, name)
 
 @patch
 def _draw(self:Progress, bar:str):
     if not self.streams:
-        names = ['stderr', 'stdout'] if sys.stdout.isatty() else ['stderr']
+        names = ['stderr', 'stdout'] if _is_terminal(sys.stdout) else ['stderr']
         self.streams = {name: _Beside(getattr(sys, name), self) for name in names}
         for name,stream in self.streams.items(): setattr(sys, name, stream)
     self._print('\n'*self.is_mid_line + bar, end='')
@@ -156,6 +148,26 @@ def _display(self:Progress, bar:str):
     shown = HTML(self.table + bar)
     if self.display: self.display.update(shown)
     else: self.display = display(shown, display_id=True)
+
+# %% ../../nbs/base/70_progress.ipynb #81a8cb03
+@patch
+def close(self:Progress):
+    "Remove the bar."
+    was_shown = self.is_open and self.is_begun
+    self.is_open = False
+    if not was_shown: return
+    if self.view == 'notebook': self._display('')
+    self.erase()
+    self.streams = {}
+    for name in 'stderr', 'stdout': # a bar that was closed before may lie below this one
+        while isinstance(stream := getattr(sys, name), _Beside) and not stream.bar.is_open:
+            setattr(sys, name, stream.stream)
+
+@patch
+def erase(self:Progress):
+    "Remove the bar from the terminal's line, until it is shown again."
+    if self.is_drawn: self._print(_CLEAR, end='')
+    self.is_drawn = False
 
 # %% ../../nbs/base/70_progress.ipynb #db9e8ae7
 def counted(
