@@ -303,13 +303,30 @@ def test_the_script_goes_on_where_it_stopped(tmp_path, capsys):
     assert code == 1 and "half of a result with device 'another GPU'" in err
     assert json.loads(fname.read_text()) == half
 
-def test_the_script_measures(tmp_path):
+def test_the_script_measures(tmp_path, capfd):
     assert gpu_script.main(['steps', 'scores', 'tests', '--tiny', '--out', str(tmp_path)]) == 0
     results = {fname.stem: json.loads(fname.read_text()) for fname in tmp_path.glob('*.json')}
     assert all(result['is_done'] for result in results.values())
     assert [row['bf16'] for row in results['steps']['rows'].values()] == [False, True]
     assert results['scores']['rows']['nb201']['paths_per_second']['K4'] > 0
     assert results['tests']['rows']['tests'] == dict(is_done=True, passed=1, failed={}, skipped={})
+    said = capfd.readouterr().err
+    assert '\nsteps: macro\n  ms: plain ' in said and '\n  passed: 1\n' in said
+
+THREE_ENDS = """
+import pytest
+def test_of_nothing(): assert not 1
+def test_without_fixture(one): pass
+def test_later(): pytest.skip('not now')
+"""
+
+def test_the_script_counts_a_test_that_cannot_start_as_failed(tmp_path):
+    fname = tmp_path/'test_three_ends.py'
+    fname.write_text(THREE_ENDS)
+    row = gpu_script.run_tests([str(fname), '-k', 'three_ends'])
+    assert row['passed'] == 0 and [*row['failed']] == ['test_of_nothing', 'test_without_fixture']
+    assert row['skipped'] == dict(test_later='not now')
+    assert not row['is_done'] and row['error'] == 'failed: test_of_nothing, test_without_fixture'
 
 def test_the_script_says_what_is_wrong(monkeypatch, capsys):
     def raising(error):

@@ -37,6 +37,10 @@ from kshot.tables import get_truth
 
 ROOT = Path(__file__).parent.parent
 PARTS = 'tests', 'steps', 'scores', 'macro', 'nb201'
+SAID = dict( # key of a row -> words in the terminal
+    ms='ms', peak_mib='peak MiB', paths_per_second='paths a second', images_per_second='images a second',
+    epochs='epochs', tau='tau', passed='passed', skipped='skipped', error='error',
+    out_of_memory='out of memory')
 
 def why_not() -> str:
     "Return why nothing can be measured here; '' if it can."
@@ -61,14 +65,17 @@ def run_tests(options:list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'tests.xml'
         argv = [sys.executable, '-m', 'pytest', 'tests/test_gpu.py', 'tests/test_data.py', *options, '-q',
-                '-n0', '-p', 'no:cacheprovider', f'--junitxml={report}']
+                '-n0', '--disable-warnings', '-p', 'no:cacheprovider', f'--junitxml={report}']
         subprocess.run(argv, cwd=ROOT, stdout=sys.stderr)
         cases = [*ElementTree.parse(report).iter('testcase')]
-    ends = {'failed': {}, 'skipped': {}}
+    row = dict(passed=0, failed={}, skipped={})
+    kinds = dict(failure='failed', error='failed', skipped='skipped') # tag -> key
     for case in cases:
-        for kind,tag in dict(failed='failure', skipped='skipped').items():
-            for end in case.iter(tag): ends[kind][case.get('name')] = end.get('message').splitlines()[0]
-    return dict(passed=len(cases) - sum(map(len, ends.values())), **ends)
+        ends = [end for end in case if end.tag in kinds]
+        row['passed'] += not ends
+        for end in ends: row[kinds[end.tag]][case.get('name')] = end.get('message').partition('\n')[0]
+    if row['failed']: row |= dict(is_done=False, error=f'failed: {", ".join(row["failed"])}')
+    return row
 
 def tests(is_tiny:bool) -> dict:
     return dict(tests=partial(run_tests, ['-k', 'what_is_extracted'] if is_tiny else ['-m', 'cuda']))
@@ -78,7 +85,7 @@ def steps(is_tiny:bool) -> dict:
     usual = dict(Ks=(1, 4, 8), naive=False)
     if is_tiny:
         sizes = dict(macro=dict(bs=32, channels=4, px=16))
-        usual = dict(Ks=(1, 2), rounds=1, memory=False)
+        usual |= dict(Ks=(1, 2), rounds=1, memory=False)
     pieces = {}
     for space,size in sizes.items():
         for bf16 in (False, True):
@@ -164,9 +171,17 @@ def measured(piece) -> dict:
         text = f'{type(e).__name__}: {e}'
     finally: torch.cuda.empty_cache()
     if 'OutOfMemoryError' in text: return dict(is_done=True, out_of_memory=True)
-    error = text.strip().rpartition('\n')[2]
-    print(error, file=sys.stderr)
-    return dict(is_done=False, error=error)
+    return dict(is_done=False, error=text.strip().rpartition('\n')[2])
+
+def in_words(row:dict) -> str: # what a piece returned
+    "Return the numbers that matter most in one line."
+    taus = {scorer: round(numbers['tau'], 3) for scorer,numbers in row.get('ranking', {}).items()}
+    texts = []
+    for key,value in (row | dict(tau=taus)).items():
+        if key not in SAID or not value: continue
+        if isinstance(value, dict): value = ', '.join(f'{k} {v}' for k,v in value.items())
+        texts.append(f'{SAID[key]}: {value}')
+    return '; '.join(texts)
 
 def check_same(result:dict, here:dict, fname:Path):
     "Raise `ValueError` if half of a result was measured on another machine, or in other sizes."
@@ -194,21 +209,22 @@ def work_on(part:str, args) -> str:
         print(f'{part}: {name}', file=sys.stderr)
         row.pop('error', None)
         row |= measured(piece)
+        print(f'  {in_words(row)}', file=sys.stderr)
         write_json(fname, result)
         if not row['is_done'] and 'error' not in row: return f'{fname} has half of {name}: call it again'
     failed = [name for name,row in result['rows'].items() if 'error' in row]
-    if failed: raise ValueError(f'no result for {", ".join(failed)}: call it again to try once more')
+    if failed: raise ValueError(f'{fname} has an error of {", ".join(failed)}: call it again')
     write_json(fname, result | dict(is_done=True))
     return f'{fname} is done'
 
 def main(argv:list[str]|None=None) -> int: # exit code: 0 if all parts could be worked on
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('part', nargs='*', help=f'{", ".join(PARTS)}; by default all')
-    parser.add_argument('--out', type=Path, help='folder of the results; by default results/gpu')
-    parser.add_argument('--runs', type=Path, help='folder of the trainings; by default runs/gpu')
-    parser.add_argument('--minutes', type=float, default=8, help='after which a part begins nothing new')
-    parser.add_argument('--K', type=int, default=8, help='supernets of the trainings')
-    parser.add_argument('--tiny', action='store_true', help='everything tiny, as without a GPU')
+    parser.add_argument('part', nargs='*', help=f'{", ".join(PARTS)} (all)')
+    parser.add_argument('--out', type=Path, help='folder of the results (results/gpu)')
+    parser.add_argument('--runs', type=Path, help='folder of the trainings (runs/gpu)')
+    parser.add_argument('--minutes', type=float, default=8, help='after which a part begins nothing new (8)')
+    parser.add_argument('--K', type=int, default=8, help='supernets of the trainings (8)')
+    parser.add_argument('--tiny', action='store_true', help='make everything tiny, as without a GPU')
     args = parser.parse_args(argv)
     for part in args.part:
         if part not in PARTS: parser.error(f'part {part!r}, expected some of {", ".join(PARTS)}')

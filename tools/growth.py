@@ -9,7 +9,6 @@ above what the imports take.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from torch import nn
 
 from kshot.base.files import write_json
 from kshot.benchmark import get_space
-from kshot.cli.bench import supernet_step
+from kshot.cli.bench import high_water, supernet_step
 from kshot.networks import chain, macro_net
 from kshot.nets.layers import conv_bn
 from kshot.nets.ops import pool_and_classify
@@ -41,8 +40,6 @@ from kshot.tables import write_table
 
 OUT = Path(__file__).parent.parent/'results'/'growth.json'
 
-def peak_mib() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-
 def seconds(
     f:Callable, # to time once
 ) -> float:
@@ -50,7 +47,7 @@ def seconds(
     f()
     return process_time()-start
 
-# parts: size -> what is measured; `per` is the work that a size stands for
+# parts: size -> what is measured
 
 def _step(net:nn.Module, sizes:tuple[int, ...], K:int, bs:int) -> dict:
     "Time training steps of random paths, on images of 16 pixels."
@@ -146,20 +143,23 @@ def run_child(part:str, n:int):
     "Print what one size takes."
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    before = peak_mib()
-    row = PARTS[part][0](n) | dict(peak_mib=peak_mib()-before)
+    before = high_water()
+    row = PARTS[part][0](n)
+    row |= dict(peak_mib=(high_water()-before)/1024)
     print(json.dumps({key: round(value, 2) for key,value in row.items()}))
 
 def main():
     "Measure the parts that are named, or all; print their rows and keep them."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('parts', nargs='*', help=', '.join(PARTS))
+    parser.add_argument('parts', nargs='*', help=f'{", ".join(PARTS)} (all)')
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_child(args.parts[0], int(args.parts[1]))
         return
     parts = args.parts or [*PARTS]
+    for part in parts:
+        if part not in PARTS: parser.error(f'part {part!r}, expected some of {", ".join(PARTS)}')
     kept = json.loads(OUT.read_text())['rows'] if OUT.exists() else []
     rows = [row for row in kept if row['part'] not in parts]
     for part in parts:

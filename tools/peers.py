@@ -12,14 +12,15 @@
 Every contestant gets the same images, paths and optimizer, and the layout in memory that suits it.
 Times are CPU time of one thread, in turn, and each is divided by that of plain torch in the same round.
 """
+import argparse
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kshot.base.files import write_json
-from kshot.benchmark import get_net, get_space
+from kshot.benchmark import get_net
 from kshot.cli.timing import interleaved
 from kshot.evaluate import score_path
 from kshot.networks import chain, subnet
@@ -223,33 +224,27 @@ def rows_of(times:dict[str, list[float]], **what) -> list[dict]:
         print(what, name, over, rows[-1]['ms'], sep='\t', flush=True)
     return rows
 
-def present(makers:dict[str, Callable]) -> tuple[dict[str, Contestant], dict[str, str]]: # and why not
-    "Make the contestants whose packages are installed."
-    contestants, absent = {}, {}
-    for name,make in makers.items():
-        try: contestants[name] = make()
-        except ImportError as e: absent[name] = str(e)
-    return contestants, absent
-
 # all of it
 
-def nb201_contest() -> tuple[list, dict, dict]: # paths, contestants, absent packages
-    "Prepare NAS-Bench-201's network at full size, at paths without the op `none`."
-    net = get_net('nb201', 16, 5)
-    paths = draw(6, 4)
-    makers = dict(plain=lambda: plain(net, paths))
+def contest(
+    net:nn.Module, # of kshot
+    paths:list,
+    peers:dict[str, Callable], # package -> what makes the contestant
+) -> tuple[list, dict[str, Contestant]]: # paths, contestants
+    "Prepare plain torch, kshot and the packages that are installed for one network."
+    makers = dict(plain=partial(plain, net, paths))
     for K in (1, 4, 8): makers[f'kshot K={K}'] = partial(kshot, net, K)
-    makers |= dict(xautodl=partial(xautodl_nb201, 16, 5), nni=partial(nni_nb201, 16, 5))
-    return paths, *present(makers)
+    makers |= {name: make for name,make in peers.items() if find_spec(name)}
+    return paths, {name: make() for name,make in makers.items()}
 
-def mobilenet_contest() -> tuple[list, dict, dict]: # as `nb201_contest`
+def nb201_contest() -> tuple[list, dict]: # as `contest`
+    "Prepare NAS-Bench-201's network at full size, at paths without the op `none`."
+    peers = dict(xautodl=partial(xautodl_nb201, 16, 5), nni=partial(nni_nb201, 16, 5))
+    return contest(get_net('nb201', 16, 5), draw(6, 4), peers)
+
+def mobilenet_contest() -> tuple[list, dict]: # as `contest`
     "Prepare a network of 21 inverted residuals, at paths that skip none of them."
-    net = kshot_mobilenet()
-    paths = draw(21, 6)
-    makers = dict(plain=lambda: plain(net, paths))
-    for K in (1, 4, 8): makers[f'kshot K={K}'] = partial(kshot, net, K)
-    makers['ofa'] = ofa_mobilenet
-    return paths, *present(makers)
+    return contest(kshot_mobilenet(), draw(21, 6), dict(ofa=ofa_mobilenet))
 
 def draw(n_blocks:int, n_ops:int) -> list: # paths
     "Draw paths that never take the op with number 0."
@@ -260,35 +255,40 @@ CONTESTS = dict(
     nb201=(nb201_contest, dict(tiny=Size(4, 8, 40, 2), full=Size(64, 32, 16, 2))),
     mobilenet=(mobilenet_contest, dict(tiny=Size(4, 32, 40, 2), full=Size(32, 112, 12, 2))))
 
-def run_contest(name:str) -> tuple[list[dict], dict, dict]: # rows, sizes of the network, absent packages
+def run_contest(name:str) -> tuple[list[dict], list[dict]]: # rows, sizes of the network
     "Check and time the contestants of one network."
     prepare, sizes = CONTESTS[name]
     torch.manual_seed(0)
-    paths, contestants, absent = prepare()
+    paths, contestants = prepare()
     same = assert_same(contestants, paths, torch.randn(4, 3, 64, 64))
     rows = []
     for label,size in sizes.items():
         for what,make in dict(step=training_step, score=scoring).items():
             steps = {key: make(c, paths, size) for key,c in contestants.items()}
-            times = interleaved(steps, size.rounds, process_time)
+            times = interleaved(steps, size.rounds, clock=process_time)
             rows += rows_of(times, net=name, size=label, what=what)
-    return rows, same, absent
+    return rows, same
 
 def main():
     "Run the contests that are named, or both; print their rows and keep them."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('nets', nargs='*', help=f'{", ".join(CONTESTS)} (both)')
+    names = parser.parse_args().nets or [*CONTESTS]
+    for name in names:
+        if name not in CONTESTS: parser.error(f'net {name!r}, expected {" or ".join(CONTESTS)}')
     torch.set_num_threads(1)
-    names = sys.argv[1:] or [*CONTESTS]
-    kept = json.loads(OUT.read_text()) if OUT.exists() else dict(rows=[], networks={}, absent={})
+    kept = json.loads(OUT.read_text()) if OUT.exists() else dict(rows=[], networks={}, versions={})
     rows = [row for row in kept['rows'] if row['net'] not in names]
     networks = kept['networks']
-    absent = dict(NO_PEERS)
     for name in names:
-        more, networks[name], missing = run_contest(name)
+        more, networks[name] = run_contest(name)
         rows += more
-        absent |= missing
+    measured = {row['name'] for row in rows}
+    absent = NO_PEERS | {name: 'it is not installed' for name in PEERS if name not in measured}
     for name,why in absent.items(): print(f'{name} is not measured: {why}')
     about = environment()
-    about['versions'] |= {name: version(name) for name in PEERS if name not in absent}
+    installed = {name: version(name) for name in PEERS if find_spec(name)}
+    about['versions'] = kept['versions'] | about['versions'] | installed
     sizes = {name: {label: size._asdict() for label,size in of_net.items()}
              for name,(_,of_net) in CONTESTS.items()}
     note = ('CPU time of one thread, in turn, over that of plain torch in the same round: '
