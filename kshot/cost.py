@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .base.inputs import Input, example_input, map_tensors, shapes_of
 from .networks import (Op, Ops, Unread, block_sizes, check_path, copy_network,
                             count_params, is_chain, kept_tensors, op_modules, op_owners, reads, subnet)
-from .nets.layers import Crop, SupernetOnly
+from .nets.layers import Crop, Skipped, SupernetOnly
 from .nets.sharing import SplitNet
 from .space import Path
 
@@ -182,7 +182,7 @@ def _hook(self:Cost, parts:_Parts, meter:_Meter, ops:list[tuple]) -> list: # han
         hooks.append(m.register_forward_pre_hook(partial(meter.enter, op)))
         hooks.append(m.register_forward_hook(meter.leave))
     for name,m in parts.of_ops.items():
-        if m in on_path or parts.owners_of[m] & {op[:2] for op in ops}: continue
+        if isinstance(m, Skipped) or m in on_path or parts.owners_of[m] & {op[:2] for op in ops}: continue
         hooks.append(m.register_forward_pre_hook(partial(meter.refuse, name)))
     for m,name in parts.shared.items():
         hooks.append(m.register_forward_pre_hook(partial(meter.note, name)))
