@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .base.inputs import take_rows
 from .base.options import check_option
 from .space import Path, Space
+from .supernet import check_K
 
 # %% ../nbs/30_simplex.ipynb #77c9a0ce
 class SimplexNet(nn.Module):
@@ -28,7 +29,7 @@ class SimplexNet(nn.Module):
     ):
         super().__init__()
         check_option('space', space, Space)
-        if K < 1: raise ValueError(f'K={K}, expected at least 1')
+        check_K(K)
         self.space = space
         self.K = K
         self.L = len(space.blocks) if per_block else None

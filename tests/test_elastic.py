@@ -19,7 +19,6 @@ MODELS = dict(
     densenet121=(120, 0))
 SLOW = dict(resnet50=(37, 12), efficientnet_b0=(38, 9), convnext_tiny=(18, 18), googlenet=(57, 0))
 
-
 def small_path(net): return tuple(0 if l < len(net.groups) else 1 for l in range(len(net.choices_per_block)))
 def full_path(net): return (*(len(ns)-1 for ns in net.channels), *(0 for _ in net.skippable))
 
@@ -59,9 +58,8 @@ def test_two_outputs():
         assert subnet(net, small_path(net))(x)['out'].equal(net(x, small_path(net))['out'])
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['vit_b_16', 'swin_t'])
-def test_what_is_left_as_it_is(name):
-    model = getattr(torchvision.models, name)().eval()
+def test_a_transformer_keeps_its_attention():
+    model = torchvision.models.vit_b_16().eval()
     x = torch.randn(1, 3, 224, 224)
     net, _ = elastic(model, x, widths=(.5, 1.))
     assert net.groups and net.skippable and net.fixed
@@ -88,6 +86,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize('K', [1, 2])
 def test_it_trains(K):
+    torch.manual_seed(0)
     net, space = elastic(Net(), (1, 8, 8), widths=(.5, 1.))
     assert [b.name for b in space.blocks] == ['stem width', 'blocks.0 depth', 'blocks.1 depth']
     learn = kshot_learner(net, space, digits_data(), K=K, lr=.1)
