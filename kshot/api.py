@@ -56,7 +56,6 @@ def _check_request(space, dls, n_paths, algorithm, truth):
     check_option('truth', truth, pd.DataFrame)
     for path in truth.index: space.parse(path)
 
-
 # %% ../nbs/90_api.ipynb #bd5551ee
 def find_path(
     net:nn.Module,     # `forward(x, path)`, see `kshot.networks`

@@ -213,7 +213,6 @@ def bench_train(
     return dict(space=space, K=K, branch=branch, epochs=epochs, passes=passes, rounds=rounds,
                 threads=torch.get_num_threads(), over_one_shot=over, ms=milliseconds(times))
 
-
 # %% ../../nbs/cli/60_bench.ipynb #e5cb443f
 def _random_batch(n:int, n_colors:int, px:int) -> tuple[Tensor, Tensor]: # images, classes
     device = fastest_device()

@@ -50,7 +50,6 @@ def _about_study(folder:FilePath, name:str, results:Mapping[str, Mapping]) -> di
     failed = f', {n_failed} failed' if n_failed else ''
     return dict(name=name, space=', '.join(spaces), K=None, state=f'{len(ends)} of {len(rows)} rows{failed}')
 
-
 # %% ../../nbs/cli/75_overview.ipynb #542b0cf0
 def _unreadable(name:str) -> dict: # one damaged run hides no other
     return dict(name=name, space='', K=None, state='cannot be read') | _measured({})

@@ -189,7 +189,6 @@ class Panel(ipywidgets.VBox):
     def __repr__(self): # what a stored notebook shows until it runs
         return f'{type(self).__name__}: a view that JupyterLab shows when you run this cell'
 
-
 # %% ../../nbs/lab/10_widgets.ipynb #87ad4c5b
 def _column(views:list[View]) -> ipywidgets.VBox:
     layout = dict(flex='1 1 400px', min_width='0', overflow='hidden')
