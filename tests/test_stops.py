@@ -148,7 +148,7 @@ from kshot.base.files import write_file
 from kshot.cli.command import plain_end
 progress._EVERY['terminal'] = 0
 progress.shutil.get_terminal_size = lambda: os.terminal_size((80, 24))
-other = 'from kshot.base.progress import say; say("another process")'
+other = 'from kshot.cli.command import say; say("another process")'
 with plain_end('kshot test'):
     with progress.Progress('letters', 9) as bar:
         bar.update(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'Option', 'function_options', 'record_options', 'either', 'kind_of', 'read_value', 'help_of',
-           'add_option', 'make_parser', 'plain_end', 'load', 'command', 'check_space', 'commands', 'refuse_word']
+           'add_option', 'make_parser', 'say', 'plain_end', 'load', 'command', 'check_space', 'commands', 'refuse_word']
 
 # %% ../../nbs/cli/10_command.ipynb #72c556e3
 import argparse, json, os, re, signal, sys, threading, traceback
@@ -19,7 +19,6 @@ from pathlib import Path as FilePath
 from textwrap import fill, indent
 from typing import NamedTuple, NoReturn, get_origin
 from ..base.options import choices_of, comments_of, did_you_mean, kinds_of
-from ..base.progress import say
 from ..settings import RECIPES
 
 # %% ../../nbs/cli/10_command.ipynb #a16c1296
@@ -228,6 +227,14 @@ def _unexpected(error:Exception) -> str:
 def _rank() -> str: # which process this is, if there are several
     many = int(os.environ.get('WORLD_SIZE', 1)) > 1
     return f' (rank {os.environ.get("RANK")})' if many else ''
+
+def say(
+    line:str, # without its end
+):
+    "Print a line on standard error; in a terminal it takes the place of another process's bar."
+    is_terminal = sys.stderr.isatty()
+    # as `kshot.base.progress` clears it; a command's errors come without that module's imports
+    print('\r\x1b[2K'*is_terminal + line, file=sys.stderr, flush=True)
 
 def _end(code:int, line:str) -> NoReturn:
     say(line)

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from ..base.files import locked, n_cores, write_json
-from ..base.progress import Progress, say
+from ..base.progress import Progress
 from ..benchmark import get_benchmark
 from ..checkpoint import TrainingStopped
-from ..cli.command import refuse_word
+from ..cli.command import refuse_word, say
 from ..config import Config, space_of
 from ..evaluate import score_columns
 from ..figures import plot_effects, plot_heuristic, plot_metrics
