@@ -28,11 +28,13 @@ from .datasets.importers import (import_latency, import_macro, import_macro_parq
                                       import_nb101, import_nb101_parquet, import_nb201,
                                       import_nb201_parquet, import_nds)
 from .nets.cells import DartsNet, NB101Net, NB201Net
+from .nets.transformer import AutoFormerNet
 from .networks import digits_net, macro_net, mobilenet_net, share, shufflenet_net, views_net
 from .settings import RECIPES, OpOn, Sharing, Training
 from .space import Path, Space
-from .spaces import (darts_space, digits_space, macro_space, mobilenet_space, n_convs,
-                          nb101_space, nb201_space, shufflenet_space, views_space, with_widths)
+from .spaces import (autoformer_space, darts_space, digits_space, macro_space, mobilenet_space,
+                          n_convs, nb101_space, nb201_space, shufflenet_space, views_space,
+                          with_widths)
 
 # %% ../nbs/16_benchmark.ipynb #5b1e0a30
 Readers = Mapping[str, Callable[[FilePath], pd.DataFrame]]
@@ -199,6 +201,10 @@ register(Benchmark(
     name='shufflenet', space=shufflenet_space(), net=shufflenet_net, x_shape=(3,224,224),
     recipe=RECIPES['shufflenet'], sharing=('kernel', 'dropout', 'affine'), has_widths=True))
 
+register(Benchmark(
+    name='autoformer', space=autoformer_space(), net=AutoFormerNet, x_shape=(3,224,224),
+    recipe=RECIPES['autoformer'], sharing=('drop_path', 'dropout')))
+
 # %% ../nbs/16_benchmark.ipynb #5b1e0a11
 def is_spelling(
     name:str, # of a benchmark
@@ -307,6 +313,7 @@ def get_net(
     n_classes:int=10, # classes
     widths:Sequence[float]=(), # relative widths that paths choose from, as in `get_space`
     width_per:str='layer', # as in `get_space`
+    px:int=0,        # rows and columns of its images; 0: the benchmark's. Most networks take any
     **sharing,       # heuristic -> value
 ) -> nn.Module:      # `forward(x, path)`, untrained
     "Make the network of a benchmark; `ValueError` for a size or heuristic it does not have."
@@ -327,6 +334,7 @@ def get_net(
     record = check_sharing(name, sharing)
     given = {k: v for k,v in sizes.items() if v}
     if 'n_classes' in takes: given['n_classes'] = n_classes
+    if px and 'px' in takes: given['px'] = px
     if len(widths): given |= dict(widths=widths, width_per=width_per)
     return share(benchmark.net(**given), benchmark.space, record) # widths are not shared otherwise
 

@@ -409,9 +409,9 @@ def _tie_nodes(net): # the blocks of a node read the weights of its first
 
 def _drop_paths(net, space, rate):
     layers = getattr(net, 'layers', None) or [f'blocks.{l}' for l in range(len(net.blocks))]
-    names = []
+    names = {} # a dict has each once: choices of a width share their module
     for (l,_),of_op in op_modules(net).items():
-        if space.blocks[l].kind == 'op': names += of_op
+        if space.blocks[l].kind != 'input': names |= dict.fromkeys(of_op)
     def in_layer(layer): return [name for name in names if name.startswith(f'{layer}.')]
     of_layer = list(map(in_layer, layers))
     drop_paths(net, of_layer, rate, is_chain(net))

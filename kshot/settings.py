@@ -7,7 +7,7 @@ __all__ = ['Channelling', 'Kernel', 'OpOn', 'WidthPer', 'Codes', 'Mode', 'Sample
            'Split', 'RECIPES', 'Sharing', 'CodeOptions', 'Settings', 'Training', 'Truth', 'Budget']
 
 # %% ../nbs/04_settings.ipynb #aa9943b9
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from .base.options import check_options
 
@@ -117,7 +117,8 @@ RECIPES = dict( # of the spaces that come with kshot
     nb201=_on_cifar(epochs=400, bs=256, lr=.025),
     nb101=_on_cifar(epochs=200, bs=128, lr=.025, wd=1e-4),
     darts=_darts, nds=_darts,
-    mobilenet=_imagenet, mobilenet_se=_imagenet, shufflenet=_imagenet)
+    mobilenet=_imagenet, mobilenet_se=_imagenet, shufflenet=_imagenet,
+    autoformer=replace(_imagenet, epochs=500, warmup=20/500))
 
 # %% ../nbs/04_settings.ipynb #cc7d8492
 @dataclass(frozen=True)

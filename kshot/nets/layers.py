@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Select', 'conv_bn', 'Residual', 'SupernetOnly', 'Skipped', 'Crop', 'leading_channels', 'squeezed_channels', 'narrow',
-           'OneWidth', 'Narrow', 'Sliced', 'SlicedMiddle', 'round_channels']
+           'OneWidth', 'Narrow', 'Sliced', 'SlicedLayers', 'SlicedMiddle', 'round_channels']
 
 # %% ../../nbs/nets/05_layers.ipynb #ff005e69
 import math
@@ -120,18 +120,27 @@ def _narrow_conv(conv:nn.Conv2d, x:Tensor, c_out:int, select:Select) -> Tensor:
     bias = select(conv.bias, c_out)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
 
+def _narrow_linear(linear:nn.Linear, x:Tensor, c_out:int, select:Select) -> Tensor:
+    return F.linear(x, select(linear.weight, c_out, x.shape[-1]), select(linear.bias, c_out))
+
+def _narrow_ln(ln:nn.LayerNorm, x:Tensor, select:Select) -> Tensor:
+    n = x.shape[-1]
+    return F.layer_norm(x, (n,), select(ln.weight, n), select(ln.bias, n), ln.eps)
+
 def narrow(
     layer:nn.Module, # any layer that ops are built from
-    x:Tensor,        # `(B, C, H, W)`, at most as many channels as the layer takes
-    c_out:int,       # output channels of its convolutions, except depthwise ones
+    x:Tensor,        # `(B, C, H, W)` or `(B, N, C)`, at most as many channels as the layer takes
+    c_out:int,       # output channels of its linear layers and convolutions, except depthwise ones
     select:Select=leading_channels, # which channels of a weight to take
-) -> Tensor:         # `(B, c_out, H, W)`
+) -> Tensor:         # `(B, c_out, H, W)` or `(B, N, c_out)`
     "Run a layer with only some channels of its weights."
     if isinstance(layer, nn.Sequential):
         for inner in layer: x = narrow(inner, x, c_out, select)
         return x
     if isinstance(layer, nn.Conv2d): return _narrow_conv(layer, x, c_out, select)
     if isinstance(layer, nn.BatchNorm2d): return _narrow_bn(layer, x, select)
+    if isinstance(layer, nn.Linear): return _narrow_linear(layer, x, c_out, select)
+    if isinstance(layer, nn.LayerNorm): return _narrow_ln(layer, x, select)
     if isinstance(layer, SqueezeExcitation):
         c_in = x.shape[1]
         squeezed = layer.activation(narrow(layer.fc1, layer.avgpool(x), squeezed_channels(c_in)))
@@ -212,7 +221,20 @@ class Sliced(Narrow):
         for layer in self: x = narrow(layer, x, c_out)
         return x
 
-class SlicedMiddle(Narrow):
+class SlicedLayers(Narrow):
+    "Layers with a middle and an output of any width, residual if the plain ones are."
+    def forward(self,
+        x:Tensor,   # of any width
+        middle:int, # output channels of all layers but the last
+        c_out:int,  # output channels of the last
+    ) -> Tensor:    # of `c_out` channels
+        *layers, last = self
+        y = x
+        for layer in layers: y = narrow(layer, y, middle)
+        y = narrow(last, y, c_out)
+        return x+y if self.is_residual else y
+
+class SlicedMiddle(SlicedLayers):
     "Layers with fixed ends and a middle of any width, residual if the plain ones are."
     def __init__(self,
         build:Callable[[int], nn.Sequential], # returns plain layers of a middle width
@@ -225,11 +247,7 @@ class SlicedMiddle(Narrow):
         x:Tensor,   # `(B, c_in, H, W)`
         middle:int, # channels of the middle
     ) -> Tensor:    # `(B, c_out, H, W)`
-        *layers, last = self
-        y = x
-        for layer in layers: y = narrow(layer, y, middle)
-        y = narrow(last, y, last[0].out_channels)
-        return x+y if self.is_residual else y
+        return super().forward(x, middle, self[-1][0].out_channels)
 
 # %% ../../nbs/nets/05_layers.ipynb #c85d3b51
 def round_channels(
