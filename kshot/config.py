@@ -187,17 +187,21 @@ def alone(
 
 def net_args(
     config:Config,   # to build from
-    n_classes:int,   # of its data
+    dls:DataLoaders|None=None, # its data; None: ten classes, and images as in the benchmark
 ) -> dict[str, Any]: # of `get_net`
     "Return what the network of a configuration is built from."
     usual = Sharing()
     sharing = {f.name: getattr(config, f.name) for f in fields(Sharing)}
     changed = {name: value for name,value in sharing.items() if value != getattr(usual, name)}
-    sizes = dict(channels=config.channels or 0, n_cells=config.n_cells or 0, n_classes=n_classes)
+    sizes = dict(channels=config.channels or 0, n_cells=config.n_cells or 0)
+    of_data = dict(n_classes=10, px=0) if dls is None else dict(n_classes=dls.c, px=_px_of(config, dls))
     widths = dict(widths=_widths(config), width_per=config.width_per)
-    return dict(name=config.space, **sizes, **widths, **changed)
+    return dict(name=config.space, **sizes, **widths, **of_data, **changed)
 
-def _net(config, dls): return get_net(**net_args(config, dls.c))
+def _px_of(config, dls): # 0: these are no images
+    return example_of(config, dls)[-1] if get_benchmark(config.space).is_of_images else 0
+
+def _net(config, dls): return get_net(**net_args(config, dls))
 
 # %% ../nbs/80_config.ipynb #8b1e0a09
 def make_codes(

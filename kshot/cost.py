@@ -37,7 +37,8 @@ def _to_meta(net:nn.Module) -> nn.Module: # a copy with shapes and no data
 def _return_input(x:Tensor) -> Tensor: return x
 
 def _skip_free(net:nn.Module) -> nn.Module: # the same; these layers take time and add no MACs
-    free = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Hardswish, nn.Hardsigmoid
+    norms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm
+    free = *norms, nn.ReLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU
     for m in net.modules():
         if type(m) in free: m.forward = _return_input
     return net
@@ -101,6 +102,9 @@ def _parts(net:nn.Module, ops:dict[Op, list[str]]) -> _Parts:
     return _Parts(net, of_ops, owners_of, shared, owners)
 
 # %% ../nbs/18_cost.ipynb #4ef5a9b1
+def _are_of_blocks(owners:set[Op|None]) -> bool: # several? A path may then have a weight twice
+    return None not in owners and len({l for l,_ in owners}) > 1
+
 class Cost:
     "Exact MACs and parameters of paths."
     n_checked = 16 # paths that are counted as a whole before sums are trusted
@@ -124,7 +128,7 @@ class Cost:
         self.n_sums = 0
         self.is_chain = is_chain(net) and ops is None
         self.is_known = self.is_chain or isinstance(net, SplitNet) # its costs add up
-        is_tied = any(len(owners) > 1 and None not in owners for owners in self.parts.owners.values())
+        is_tied = any(_are_of_blocks(owners) for owners in self.parts.owners.values())
         self.adds_up = False if is_tied else self.is_known or adds_up
 
     def _set_network(self, net:nn.Module, x:Input):

@@ -304,7 +304,7 @@ def _path_to_train(folder:FilePath, config:Config, path:str|None) -> Path:
     return space_of(config).parse(path or results['search']['path'])
 
 def _about_subnet(config:Config, result:dict, path:Path, dls) -> dict: # what `subnet.json` says
-    about = net_args(config, dls.c)
+    about = net_args(config, dls)
     space = space_of(config)
     about = dict(space=about.pop('name'), **about, native=space.native(path))
     return about | dict(x_shape=example_of(config, dls)) | result | dict(path=path)

@@ -242,7 +242,7 @@ def parse_vit(
     "Return the path of a string; `ValueError` if a choice is not one of the space."
     names = [name.strip() for name in re.split('[x|,]', s)]
     if len(names) > len(blocks):
-        raise ValueError(f'{len(names)} choices, expected at most {len(blocks)}: {blocks[-1].name} is the last')
+        raise ValueError(f'{len(names)} choices, expected at most {len(blocks)}')
     path = []
     for name,block in zip(names, blocks):
         if name not in block.choices:

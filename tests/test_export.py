@@ -55,7 +55,7 @@ def digits_subnet(path=PATH, seed=0):
 
 def describe(path, **kwargs):
     "Return what `save_subnet` is told about a subnet."
-    sizes = dict(channels=4, n_cells=0, n_classes=10, widths=[], width_per='layer')
+    sizes = dict(channels=4, n_cells=0, n_classes=10, widths=[], width_per='layer', px=0)
     return dict(space='digits', path=path) | sizes | kwargs
 
 # what the processes of a group do
@@ -193,13 +193,14 @@ def test_reloading_gives_the_same_accuracy(trained, tmp_path):
 def test_subnets_of_every_space(name, benchmark, tmp_path):
     "From a network and from K supernets, bit by bit"
     n_cells = dict(nb201=1, nb101=1, darts=3, nds=3).get(name, 0)
-    net, rng = get_net(name, 8, n_cells), np.random.default_rng(0)
+    C, *_, px = benchmark.x_shape
+    px = min(px, 64)
+    net, rng = get_net(name, 8, n_cells, px=px), np.random.default_rng(0)
     path, = benchmark.space.sample(rng, 1)
-    C, H, W = benchmark.x_shape
-    x = torch.rand(2, C, min(H, 64), min(W, 64))
+    x = torch.rand(2, C, px, px)
     of_supernet = Supernet(net, 2).subnet(path, torch.tensor([.3, .7]))
     for folder,module in (('net', subnet(net, path)), ('supernet', of_supernet)):
-        about = describe(path, space=name, channels=8, n_cells=n_cells)
+        about = describe(path, space=name, channels=8, n_cells=n_cells, px=px)
         save_subnet(tmp_path/folder, module.eval(), about)
         loaded, _ = load_subnet(tmp_path/folder)
         assert torch.equal(loaded(x), module(x))

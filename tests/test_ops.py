@@ -13,7 +13,7 @@ from kshot.spaces import DARTS_OPS, NB201_OPS
 
 SLICED = {'mb3_k3': mbconv(3, 3), 'mb6_k5_hs_se': mbconv(6, 5, act=nn.Hardswish, has_se=True),
           'shuffle_k7': shuffle(7), 'xception': shuffle(0)}
-CHAINS = [benchmark.space for benchmark in BENCHMARKS.values() if not benchmark.has_cells]
+CHAINS = [b.space for b in BENCHMARKS.values() if not b.has_cells and b.name != 'autoformer']
 CHAIN_BLOCKS = sum((space.blocks for space in CHAINS), ())
 CHAIN_OPS = set().union(*(block.choices for block in CHAIN_BLOCKS)) - {*VIEWS}
 SHUFFLE_OPS = get_space('shufflenet').blocks[0].choices

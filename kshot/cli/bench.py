@@ -108,7 +108,7 @@ def _contest(bs:int, space:str, channels:int, px:int) -> _Contest:
     px = px or usual_px
     x = torch.randn(bs, n_colors, px, px)
     y = torch.randint(0, 10, (bs,))
-    net = get_net(space, channels).to(device, memory_format=torch.channels_last)
+    net = get_net(space, channels, px=px).to(device, memory_format=torch.channels_last)
     x = x.to(device).contiguous(memory_format=torch.channels_last)
     return _Contest(net, get_space(space), x, y.to(device))
 
@@ -247,7 +247,7 @@ def bench_score(
     torch.manual_seed(0)
     n_colors, usual_px, _ = get_benchmark(space).x_shape
     px = min(px, usual_px)
-    net = get_net(space, channels, n_cells).to(fastest_device())
+    net = get_net(space, channels, n_cells, px=px).to(fastest_device())
     batches = [_random_batch(n_valid, n_colors, px)]
     calibration = [_random_batch(64, n_colors, px) for _ in range(4)]
     paths = get_space(space).sample(np.random.default_rng(0), n)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tokens', 'RelativeAttention', 'patch_size', 'MeanToken', 'AutoFormerNet']
 
-# %% ../../nbs/nets/40_transformer.ipynb #792a6f76
+# %% ../../nbs/nets/40_transformer.ipynb #ec1b4e1b
 from collections.abc import Iterator
 from functools import partial
 import torch
@@ -15,7 +15,7 @@ from .layers import Residual, SlicedLayers
 from ..space import Path
 from ..spaces import VIT_DEPTHS, VIT_HEADS, VIT_RATIOS, VIT_WIDTHS, autoformer_space
 
-# %% ../../nbs/nets/40_transformer.ipynb #b70cf936
+# %% ../../nbs/nets/40_transformer.ipynb #3d615f65
 class Tokens(nn.Module):
     "Make tokens of a grid of patches, behind a class token, and add their positions."
     def __init__(self,
@@ -34,11 +34,13 @@ class Tokens(nn.Module):
     def forward(self,
         x:Tensor, # `(B, C, H, W)`
     ) -> Tensor:  # `(B, 1+H*W, C)`
-        B, C, *_ = x.shape
+        B, C, H, W = x.shape
+        n = self.position.shape[1]-1
+        if H*W != n: raise ValueError(f'{H*W} patches, expected {n}: `px` is not the size of the images')
         first = self.first[:C].expand(B, C, 1)
         return (torch.cat([first, x.flatten(2)], 2) + self.position[:C]).mT
 
-# %% ../../nbs/nets/40_transformer.ipynb #ea2935be
+# %% ../../nbs/nets/40_transformer.ipynb #a4bf5035
 class RelativeAttention(nn.Module):
     "Attend to tokens by what they hold, and by how many rows and columns they lie apart."
     def __init__(self,
@@ -75,7 +77,7 @@ class RelativeAttention(nn.Module):
         out = attention @ v + self.values(attention)
         return out.transpose(1, 2).flatten(2)
 
-# %% ../../nbs/nets/40_transformer.ipynb #f7ad45b9
+# %% ../../nbs/nets/40_transformer.ipynb #ed1156f1
 @patch
 def scores(self:RelativeAttention,
     q:Tensor, # `(B, heads, N, channels)`
@@ -106,7 +108,7 @@ def values(self:RelativeAttention,
     of_first = attention[:, :, :1].sum(-1, keepdim=True)*own
     return torch.cat([of_first, between], 2)
 
-# %% ../../nbs/nets/40_transformer.ipynb #51fd4c46
+# %% ../../nbs/nets/40_transformer.ipynb #cf1a24b5
 def patch_size(
     px:int, # rows and columns of an image
 ) -> int:   # rows and columns of a patch
@@ -140,7 +142,7 @@ def _classify(middle:int, c_out:int) -> nn.Sequential:
     layers = nn.LayerNorm(middle), MeanToken(), nn.Dropout(0.), nn.Linear(middle, c_out)
     return nn.Sequential(*layers)
 
-# %% ../../nbs/nets/40_transformer.ipynb #6d9bcf93
+# %% ../../nbs/nets/40_transformer.ipynb #ef1df770
 class AutoFormerNet(nn.Module):
     "The network of AutoFormer-tiny."
     def __init__(self,
@@ -178,7 +180,7 @@ class AutoFormerNet(nn.Module):
         for name,sizes in self.op_sizes(path).items(): x = self.get_submodule(name)(x, *sizes)
         return x
 
-# %% ../../nbs/nets/40_transformer.ipynb #61c317db
+# %% ../../nbs/nets/40_transformer.ipynb #fe133942
 @patch
 def reads(self:AutoFormerNet,
     path:Path, # 30 choices

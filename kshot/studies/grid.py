@@ -75,7 +75,7 @@ def _check_net(**args):
 def _check_settings(config:Config):
     space = space_of(config)
     check_config(config, space)
-    _check_net(**net_args(config, n_classes=10))
+    _check_net(**net_args(config))
     if config.sampler in ('greedy', 'sandwich'): return # they take any space, and need scores or costs
     get_sampler(config.sampler, space,
         accept=(lambda path: True) if config.max_macs else None)
