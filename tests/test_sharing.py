@@ -36,7 +36,7 @@ def called_modules(net, names, x, path) -> tuple[set[str], torch.Tensor]:
 def check_subnets(name, n_paths, **options):
     "The subnet is the network at a path, in plain modules; what is read is what is called."
     n_cells = BENCHMARKS[name].has_cells*(3 if 'd' in name else 1)
-    net = shake(get_net(name, 4, n_cells, **options)).eval()
+    net = shake(get_net(name, 4, n_cells, px=32, **options)).eval()
     ops = op_modules(net)
     names = [n for of_op in ops.values() for n in of_op]
     x = small_image(name)
@@ -86,7 +86,8 @@ SUBNETS = [
     ('mobilenet_se', 1, dict(kernel='transform', drop_path=.2, affine=False)),
     ('shufflenet', 1, dict(kernel='crop')),
     ('shufflenet', 1, dict(kernel='crop', widths=WIDTHS)),
-    ('mobilenet', 1, dict(kernel='crop', widths=WIDTHS, drop_path=.2))]
+    ('mobilenet', 1, dict(kernel='crop', widths=WIDTHS, drop_path=.2)),
+    ('autoformer', 3, dict(drop_path=.2, dropout=.1))]
 
 @pytest.mark.parametrize('name,n_paths,options', SUBNETS)
 def test_subnets(name, n_paths, options): check_subnets(name, n_paths, **options)
@@ -105,14 +106,15 @@ SUPERNETS = [
     ('nb201', '323123', dict(kernel='crop', wsbn=True, op_on='node', drop_path=.3, dropout=.1)),
     ('nb201', '323123', dict(op_on='node', kernel='transform')),
     ('digits', '2343', dict(drop_path=.3, dropout=.2)),
-    ('macro', '22222222', dict(drop_path=.3, affine=False))]
+    ('macro', '22222222', dict(drop_path=.3, affine=False)),
+    ('autoformer', '11'+'02'*14, dict(drop_path=.2, dropout=.1))]
 
 @pytest.mark.parametrize('name,path,options', SUPERNETS)
 def test_a_vertex_is_the_plain_network(name, path, options):
     "In training too; a bank gets a gradient where the plain network's parameters get one."
     torch.manual_seed(0)
     path = get_space(name).parse(path)
-    net = get_net(name, 4, int(BENCHMARKS[name].has_cells), **options)
+    net = get_net(name, 4, int(BENCHMARKS[name].has_cells), px=16, **options)
     supernet = Supernet(net, 4)
     x = torch.randn(4, *BENCHMARKS[name].x_shape)[..., :16, :16]
     with torch.no_grad():
