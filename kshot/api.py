@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Found', 'find_path', 'Benchmark', 'Block', 'Chain', 'Cost', 'SimplexNet', 'Space', 'Supernet', 'calibrated_subnet',
            'cosine', 'digits_data', 'gaps', 'get_benchmark', 'get_data', 'get_net', 'get_space', 'get_truth', 'held',
-           'kshot_learner', 'rank_scores', 'register', 'score_path', 'score_paths', 'search', 'train_alone',
-           'training_batches']
+           'kshot_learner', 'measure_latency', 'rank_scores', 'register', 'score_path', 'score_paths', 'search',
+           'train_alone', 'training_batches']
 
 # %% ../nbs/90_api.ipynb #90a00005
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from .data import DataLoaders, digits_data, get_data, held
 from .evaluate import calibrated_subnet, score_path, score_paths
 from .finetune import training_batches
 from .gaps import gaps
+from .latency import measure_latency
 from .networks import Chain
 from .rank import rank_scores
 from .search import search
@@ -34,8 +35,8 @@ from .train import KShotLearner, cosine, kshot_learner, train_alone
 # %% ../nbs/90_api.ipynb #90a00006
 _all_ = ['Benchmark', 'Block', 'Chain', 'Cost', 'SimplexNet', 'Space', 'Supernet',
          'calibrated_subnet', 'cosine', 'digits_data', 'gaps', 'get_benchmark', 'get_data', 'get_net',
-         'get_space', 'get_truth', 'held', 'kshot_learner', 'rank_scores', 'register', 'score_path',
-         'score_paths', 'search', 'train_alone', 'training_batches']
+         'get_space', 'get_truth', 'held', 'kshot_learner', 'measure_latency', 'rank_scores', 'register',
+         'score_path', 'score_paths', 'search', 'train_alone', 'training_batches']
 
 # %% ../nbs/90_api.ipynb #90a00008
 class Found(NamedTuple):

@@ -20,10 +20,12 @@ from .base.files import locked
 from .base.options import check_option
 from .benchmark import Benchmark, get_benchmark
 from .config import Config, alone, cost_of, example_of, net_args, parts, space_of
+from .cost import Cost
 from .evaluate import Scores, accuracy_loss, score_columns, score_path
 from .gaps import Gaps, find_gaps, sample_paths, train_on
 from .finetune import LR_SHARE, FineTuning, training_batches
 from .export import load_subnet, measure_module, save_subnet, to_onnx, to_torch_export
+from .latency import read_latency
 from .networks import subnet
 from .rank import over_seeds, rank_scores
 from .folders import check_free, read_run
@@ -189,8 +191,12 @@ def _search_name(algorithm, budget:Budget, seed, n_calibration, score, learn:Lea
 def _costs(config:Config, learn:Learner, budget:Budget) -> dict[str, Callable]:
     cost = cost_of(config, learn.dls)
     costs = dict(macs=cost.macs, n_params=cost.n_params)
-    if budget.device: costs['latency_ms'] = latency(config.space, budget.device)
+    if budget.device: costs['latency_ms'] = _latency(config, cost, budget.device)
     return costs
+
+def _latency(config:Config, cost:Cost, device:str) -> Callable[[Path], float]:
+    if FilePath(device).suffix != '.parquet': return latency(config.space, device)
+    return read_latency(FilePath(device), space_of(config), cost)
 
 # %% ../nbs/88_jobs.ipynb #88f10001
 def tuned_scorer(

@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'ENUMERABLE', 'ALGORITHMS', 'Search', 'watching', 'make_s
 
 # %% ../nbs/64_search.ipynb #a51b7a26
 import math, os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import count
@@ -34,7 +34,7 @@ class Search:
         space:Space,             # where to search
         costs:dict|None=None,    # name -> `cost(path)`, a number; one column each
         budgets:dict|None=None,  # name of a cost -> the most allowed
-        tradeoff:str|None=None,  # name of a cost to minimize while maximizing the score
+        tradeoff:str|Sequence[str]=(), # costs to minimize while maximizing the score: a name, or several
         storage=None,            # journal or URL of a database, which workers share; None: memory
         name:str='search',       # of the study: a storage can hold several
         locks=None,              # folder, one per storage; None: next to a file, none for a server
@@ -43,11 +43,11 @@ class Search:
         self.space = space
         self.costs = costs or {}
         self.budgets = budgets or {}
-        self.tradeoff = tradeoff
+        self.tradeoff = [tradeoff] if isinstance(tradeoff, str) else [*tradeoff]
         self.name = name
         self._check_costs()
         self.cost = cache(self._cost)
-        self.directions = ['maximize', 'minimize'] if tradeoff else ['maximize']
+        self.directions = ['maximize', *('minimize' for _ in self.tradeoff)]
         self.blocks = {f'{l:02} {b.name}': CategoricalDistribution(tuple(range(len(b.choices))))
                        for l,b in enumerate(space.blocks)}
         self.scores = {}    # path -> score
@@ -72,11 +72,12 @@ class _InMemory: # a record without a storage
 
 @patch
 def _check_costs(self:Search):
-    names = [*self.budgets]
-    if self.tradeoff: names.append(self.tradeoff)
-    unknown = [k for k in names if k not in self.costs]
-    if not unknown: return
-    raise ValueError(f'no cost function for {unknown}, expected names out of {list(self.costs)}')
+    unknown = [k for k in [*self.budgets, *self.tradeoff] if k not in self.costs]
+    if unknown: raise ValueError(f'no cost function for {unknown}, expected names out of {list(self.costs)}')
+    for name,cost in self.costs.items():
+        space = getattr(cost, 'space', self.space) # `kshot.latency.Latency` knows its own
+        if space.blocks != self.space.blocks:
+            raise ValueError(f'cost {name!r} is of space {space.name!r}, expected {self.space.name!r}')
 
 @patch
 def _cost(self:Search, path:Path) -> dict: return {k: f(path) for k,f in self.costs.items()}
@@ -311,7 +312,7 @@ def _values(self:Search, path:Path, score:Callable) -> list[float]: # one per ob
     value = float(score(path))
     if math.isnan(value):
         raise ValueError(f'score of path {self.space.format(path)} is {value}, expected a number')
-    return [value, float(self.cost(path)[self.tradeoff])] if self.tradeoff else [value]
+    return [value, *(float(self.cost(path)[name]) for name in self.tradeoff)]
 
 # %% ../nbs/64_search.ipynb #64f10001
 @patch
@@ -435,10 +436,12 @@ def search(
 # %% ../nbs/64_search.ipynb #5de61547
 def pareto(
     frame:pd.DataFrame, # rows to choose from
-    cost:str='macs',    # column to keep small
+    cost:str|Sequence[str]='macs', # column to keep small, or several
     score:str='score',  # column to have large
 ) -> pd.DataFrame:      # cheapest first
     "Return the rows that no other beats: none is cheaper and as good, or as cheap and better."
-    f = frame.sort_values([cost, score], ascending=[True, False], kind='stable')
-    best_so_far = f[score].cummax().shift(fill_value=-math.inf)
-    return f[f[score] > best_so_far].reset_index(drop=True)
+    costs = [cost] if isinstance(cost, str) else [*cost]
+    f = frame.sort_values([*costs, score], ascending=[True]*len(costs) + [False], kind='stable')
+    values = f[costs].assign(score=-f[score]).to_numpy(float) # all to keep small
+    is_beaten = [(values[:i] <= row).all(1).any() for i,row in enumerate(values)]
+    return f[~np.array(is_beaten, bool)].reset_index(drop=True)

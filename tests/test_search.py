@@ -302,7 +302,7 @@ def content(storage): # all that is in it
 
 def finish_two(study): study.optimize(lambda trial: trial.suggest_float('x', 0, 1), n_trials=2)
 
-ABOUT = dict(space='toy', blocks=[[f'b{l}', 'a', 'b', 'c'] for l in range(6)], tradeoff=None)
+ABOUT = dict(space='toy', blocks=[[f'b{l}', 'a', 'b', 'c'] for l in range(6)], tradeoff=[])
 FOREIGN = { # what makes a study somebody else's
     'finished': finish_two, 'running': lambda study: study.ask(),
     'waiting': lambda study: study.enqueue_trial({'x': 1}),
