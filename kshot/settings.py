@@ -136,7 +136,7 @@ class Budget:
     max_macs:float|None=None   # most multiply-accumulates, such as 330M; by default without a limit
     max_params:float|None=None # most parameters, such as 5M; by default without a limit
     max_latency_ms:float|None=None # longest latency on --device, in milliseconds; by default without a limit
-    device:str|None=None       # of the latency: one that kshot tables show lists, or a file of kshot tables latency
+    device:str|None=None       # of the latency: one of kshot tables show, or a file of kshot tables latency
 
     def __post_init__(self):
         if self.max_latency_ms and not self.device:
