@@ -16,7 +16,8 @@ SPACES = { # name -> its smallest network
     'macro': [],
     'nb201': ['--n_cells', '1'],
     'nb101': ['--n_cells', '1'],
-    'darts': ['--n_cells', '3']}
+    'darts': ['--n_cells', '3'],
+    'autoformer': ['--data', 'cifar10']}
 SMALL = ['--channels', '4', '--px', '8', '--bs', '10', '--epochs', '1']
 
 def command_space(name):
