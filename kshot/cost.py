@@ -180,7 +180,8 @@ class _Reads(TorchDispatchMode):
 def _hook(self:Cost, parts:_Parts, meter:_Meter, ops:list[tuple]) -> list: # handles of the hooks
     on_path = {} # module -> op
     for op in ops:
-        for name in self.ops.get(op[:2], ()): on_path.setdefault(parts.of_ops[name], op)
+        for name in self.ops.get(op[:2], ()):
+            if name in parts.of_ops: on_path.setdefault(parts.of_ops[name], op)
     hooks = []
     for m,op in on_path.items():
         hooks.append(m.register_forward_pre_hook(partial(meter.enter, op)))
@@ -207,7 +208,8 @@ def _run(self:Cost, parts:_Parts, path:Path, ops:list[tuple], x:Input) -> tuple[
 @patch
 def _at(self:Cost, path:Path) -> _Parts: # the network at one path's sizes
     if not self.is_elastic: return self.parts
-    return _parts(_skip_free(subnet(self.parts.net, path, self.ops).net), self.ops)
+    small = _skip_free(subnet(self.parts.net, path, self.ops).net)
+    return _parts(small, {} if isinstance(self.parts.net, SupernetOnly) else self.ops)
 
 # %% ../nbs/18_cost.ipynb #4ef5a9b5
 @patch

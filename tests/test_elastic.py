@@ -10,62 +10,102 @@ from kshot.data import digits_data
 from kshot.networks import subnet
 from kshot.train import cosine, kshot_learner
 
-pytest.importorskip('torch_pruning', reason='needs torch-pruning')
-from kshot.elastic import elastic # noqa: E402
+from kshot.elastic import elastic
 
-# name: blocks of width and of depth
+# name: how many widths, kernels, depths
 MODELS = dict(
-    resnet18=(12, 5), mobilenet_v2=(25, 10), mobilenet_v3_small=(26, 6), regnet_y_400mf=(20, 12),
-    densenet121=(120, 0))
-SLOW = dict(resnet50=(37, 12), efficientnet_b0=(38, 9), convnext_tiny=(18, 18), googlenet=(57, 0))
+    resnet18=(12, 1, 5), mobilenet_v2=(25, 0, 10), mobilenet_v3_small=(26, 8, 6),
+    regnet_y_400mf=(36, 0, 12), shufflenet_v2_x1_0=(21, 0, 10))
+SLOW = dict(
+    resnet50=(37, 1, 12), mobilenet_v3_large=(0, 0, 0), efficientnet_b0=(38, 9, 9), densenet121=(120, 1, 0),
+    convnext_tiny=(22, 18, 18), googlenet=(59, 1, 0), resnext50_32x4d=(0, 0, 0), swin_t=(13, 0, 12))
+SEGMENTATION = dict(
+    fcn_resnet50=(38, 1, 12), lraspp_mobilenet_v3_large=(0, 0, 0), deeplabv3_resnet50=(0, 0, 0))
 
-def small_path(net): return tuple(0 if l < len(net.groups) else 1 for l in range(len(net.choices_per_block)))
-def full_path(net): return (*(len(ns)-1 for ns in net.channels), *(0 for _ in net.skippable))
+def path_of(space, width, op): # of the same choice everywhere, counted from the end if negative
+    def number(block): return range(len(block.choices))[width if block.kind == 'width' else op]
+    return tuple(map(number, space.blocks))
 
-@pytest.mark.parametrize('name', [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def largest(space): return path_of(space, -1, 0)
+def smallest(space): return path_of(space, 0, -1)
+
+def counts(space):
+    kinds = [block.name.rsplit(' ')[-1] for block in space.blocks]
+    return tuple(map(kinds.count, ('width', 'kernel', 'depth')))
+
+def out(y): return y['out'] if isinstance(y, dict) else y
+
 @torch.no_grad()
+def check(model, x, expected):
+    before = {key: t.clone() for key,t in model.state_dict().items()}
+    net, space = elastic(model.eval(), x, order=None)
+    assert counts(space) == expected
+    assert out(net(x, largest(space))).equal(out(model(x)))
+    paths = [smallest(space), path_of(space, 0, 0), *space.sample(np.random.default_rng(0), 2)]
+    for path in paths: assert out(subnet(net, path)(x)).equal(out(net(x, path)))
+    n_params = sum(p.numel() for p in subnet(net, smallest(space)).parameters())
+    assert n_params < .7*sum(p.numel() for p in model.parameters())
+    in_order, _ = elastic(model, x)
+    torch.testing.assert_close(out(in_order(x, largest(space))), out(model(x)), rtol=1e-4, atol=1e-4)
+    assert all(t.equal(before[key]) for key,t in model.state_dict().items())
+
+def slow(names): return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+@pytest.mark.parametrize('name', [*MODELS, *slow(SLOW)])
 def test_networks_of_torchvision(name):
     torch.manual_seed(0)
     kwargs = dict(init_weights=False) if name == 'googlenet' else {}
-    model = getattr(torchvision.models, name)(**kwargs).eval()
-    before = {key: t.clone() for key,t in model.state_dict().items()}
+    size = 64 if name in ('swin_t', 'googlenet', 'convnext_tiny') else 32
+    model = getattr(torchvision.models, name)(**kwargs)
+    check(model, torch.randn(2, 3, size, size), (MODELS | SLOW)[name])
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SEGMENTATION)
+def test_segmentation(name):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models.segmentation, name)(weights_backbone=None, num_classes=3)
+    check(model, torch.randn(1, 3, 64, 64), SEGMENTATION[name])
+
+@pytest.mark.slow
+def test_a_vision_transformer():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 4, 6, 96, 192)
+    torch.backends.mha.set_fastpath_enabled(False)
+    check(model, torch.randn(2, 3, 32, 32), (9, 0, 4)) # the stream, heads and the middle of each block
+    torch.backends.mha.set_fastpath_enabled(True)
+
+def test_heads_of_swin():
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([2, 2], 16, [1, 1], [2, 4], [2, 2])
+    x = torch.randn(2, 3, 16, 16)
+    check(model, x, (3, 0, 2))
+    _, space = elastic(model, x)
+    first, = (block for block in space.blocks if block.name == 'features.0.0 width')
+    assert first.choices == ('8', '16') # a head of the first stage, two of the second
+
+TIMM = ['resnet18', 'vit_tiny_patch16_224', 'convnext_atto', 'mobilenetv3_small_050']
+
+@pytest.mark.parametrize('name', TIMM)
+def test_networks_of_timm(name):
+    timm = pytest.importorskip('timm', reason='needs timm')
+    torch.manual_seed(0)
+    kwargs = dict(img_size=32, patch_size=8, depth=2) if name.startswith('vit') else {}
+    model = timm.create_model(name, **kwargs).eval()
     x = torch.randn(2, 3, 32, 32)
-    net, space = elastic(model, x)
-    assert (len(net.groups), len(net.skippable)) == (MODELS | SLOW)[name]
-    assert net(x, full_path(net)).equal(model(x))
-    small = subnet(net, small_path(net))
-    n_params = sum(p.numel() for p in small.parameters())
-    assert n_params < .7*sum(p.numel() for p in model.parameters())
-    for path in [small_path(net), *space.sample(np.random.default_rng(0), 2)]:
-        assert subnet(net, path)(x).equal(net(x, path))
-    assert all(t.equal(before[key]) for key,t in model.state_dict().items())
+    net, space = elastic(model, x, order=None)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, largest(space)), model(x))
+        for path in (smallest(space), *space.sample(np.random.default_rng(0), 2)):
+            assert subnet(net, path)(x).equal(net(x, path))
 
 def test_counts_of_a_resnet():
     x = (3, 32, 32)
     net, space = elastic(torchvision.models.resnet18(num_classes=10), x)
     cost = Cost(net, x)
-    for path in [full_path(net), small_path(net), *space.sample(np.random.default_rng(1), 3)]:
+    for path in [largest(space), smallest(space), *space.sample(np.random.default_rng(1), 3)]:
         small = subnet(net, path)
         assert cost.macs(path) == count_macs(small, x)
         assert cost.n_params(path) == sum(p.numel() for p in small.parameters())
-
-def test_two_outputs():
-    model = torchvision.models.segmentation.fcn_resnet50(weights_backbone=None, num_classes=3).eval()
-    x = torch.randn(1, 3, 32, 32)
-    net, _ = elastic(model, x)
-    with torch.no_grad():
-        assert net(x, full_path(net))['out'].equal(model(x)['out'])
-        assert subnet(net, small_path(net))(x)['out'].equal(net(x, small_path(net))['out'])
-
-@pytest.mark.slow
-def test_a_transformer_keeps_its_attention():
-    model = torchvision.models.vit_b_16().eval()
-    x = torch.randn(1, 3, 224, 224)
-    net, _ = elastic(model, x, widths=(.5, 1.))
-    assert net.groups and net.skippable and net.fixed
-    with torch.no_grad():
-        assert net(x, full_path(net)).equal(model(x))
-        assert subnet(net, small_path(net))(x).equal(net(x, small_path(net)))
 
 class Residual(nn.Module):
     def __init__(self):
