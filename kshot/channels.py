@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Side', 'Run', 'sides_of', 'n_channels', 'tensors_of', 'counts_of', 'Part', 'Group', 'channel_groups']
 
-# %% ../nbs/17_channels.ipynb #050dae42
+# %% ../nbs/17_channels.ipynb #b1f09cf3
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .base.inputs import Input, example_input, map_tensors, tensors_in
 from .networks import copy_network
 
-# %% ../nbs/17_channels.ipynb #678c3730
+# %% ../nbs/17_channels.ipynb #c427f1d0
 Side = str # 'in', 'out' or 'both'; or a parameter with its dimension of channels, as in 'position 2'
 
 def _own(module:nn.Module) -> dict[str, Tensor]: # parameters and buffers, without counters
@@ -52,7 +52,7 @@ def sides_of(
         return _layer_sides(module) if _own(module).keys() <= {'weight', 'bias'} else {}
     return dict(both=[(name, 0) for name in _own(module)]) if _is_norm(module) else {}
 
-# %% ../nbs/17_channels.ipynb #dc7962da
+# %% ../nbs/17_channels.ipynb #a150b3d2
 def n_channels(
     module:nn.Module, # a layer, or one that has the parameter
     side:Side,        # of it
@@ -95,7 +95,7 @@ def _n_groups(module:nn.Module, side:Side) -> int: # of channels that go togethe
     groups = getattr(module, 'groups', 1)
     return groups if groups > 1 else 0
 
-# %% ../nbs/17_channels.ipynb #4b84f304
+# %% ../nbs/17_channels.ipynb #8e922c35
 @torch.no_grad()
 def _dim(module:nn.Module, x:Tensor) -> int: # of the channels, in the input and the output, from the end
     if isinstance(module, _ConvNd): return -1 - len(module.kernel_size)
@@ -110,7 +110,7 @@ def _dim(module:nn.Module, x:Tensor) -> int: # of the channels, in the input and
         if is_nan.select(dim, 0).any() and not is_nan.narrow(dim, 1, len(t)-1).any(): return dim
     raise ValueError(f'channels of a {type(module).__name__} do not show in its output')
 
-# %% ../nbs/17_channels.ipynb #4b91a966
+# %% ../nbs/17_channels.ipynb #da385a57
 _OUTSIDE = '*' # in the place of a module's name: the network's input and output
 
 class _Source(NamedTuple):
@@ -146,7 +146,7 @@ class _Trace:
         self.sources.append(_Source(t.requires_grad_(), module, side, dim % t.ndim))
         return t.clone()
 
-# %% ../nbs/17_channels.ipynb #a9abb715
+# %% ../nbs/17_channels.ipynb #e1bbbcb5
 def _block_sizes(n:int) -> list[int]: # single channels, up to 64 equal blocks, all
     return [1, *(size for size in range(2, n) if n % size == 0 and n//size <= 64), n]
 
@@ -176,7 +176,7 @@ def read(self:_Trace, t:Tensor, first:int, dim:int): # the channels of `t`, from
             if is_one.all(): self.meet(source, torch.where(total.abs() > rounding, block, -1), first, size)
             else: left.append((source, total))
 
-# %% ../nbs/17_channels.ipynb #87ecbb73
+# %% ../nbs/17_channels.ipynb #6fb909a8
 @patch
 def meet(self:_Trace, source:_Source, block:Tensor, first:int, size:int): # a value's block; -1: reaches none
     def number(blocks): # of the first channel in each
@@ -195,7 +195,7 @@ def meet(self:_Trace, source:_Source, block:Tensor, first:int, size:int): # a va
         return self.tie(self.start(source.module, side, len(rows)) + channels, number(blocks))
     self.tie(self.start(source.module, source.side, 1), number(block[block >= 0].unique().numpy()))
 
-# %% ../nbs/17_channels.ipynb #abb24eb8
+# %% ../nbs/17_channels.ipynb #0cc8233e
 @patch
 def split(self:_Trace, name:str, module:nn.Module, side:Side) -> int: # number of the first channel
     n = n_channels(module, side)
@@ -242,7 +242,7 @@ class _Functions(TorchFunctionMode):
         if func is F.linear and id(args[1]) in self.names: return self.linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/17_channels.ipynb #79a9e69f
+# %% ../nbs/17_channels.ipynb #12f73bda
 Run = Callable[[nn.Module, Input], Input] # `run(model, x)`
 
 def _called(model:nn.Module, run:Run, x:Input) -> set[str]: # names of modules
@@ -275,7 +275,7 @@ def _follow(trace:_Trace, model:nn.Module, run:Run, x:Input) -> set[str]: # name
     for t in tensors_in(out): trace.read(t.reshape(-1, 1), trace.start(_OUTSIDE, 'output', 1), -1)
     return called
 
-# %% ../nbs/17_channels.ipynb #ad8e164f
+# %% ../nbs/17_channels.ipynb #ad53e921
 @torch.enable_grad()
 def _traced(model:nn.Module, x:Input, runs:Sequence[Run]) -> _Trace:
     model = copy_network(model).cpu().double().requires_grad_(True)
@@ -288,7 +288,7 @@ def _traced(model:nn.Module, x:Input, runs:Sequence[Run]) -> _Trace:
         for run in runs: _follow(trace, model.train(), run, map_tensors(values, example_input(x, 2)))
     return trace
 
-# %% ../nbs/17_channels.ipynb #62b773b9
+# %% ../nbs/17_channels.ipynb #fac893e1
 class Part(NamedTuple):
     "Say which channels of a module go with the units of a group."
     module:str # its name
@@ -319,7 +319,7 @@ def _why_fixed(places:Sequence[tuple[str, Side]], n:int) -> str: # '' if a group
     if n == 1: return 'all its channels depend on each other'
     return 'nothing reads it' if len(places) == 1 else ''
 
-# %% ../nbs/17_channels.ipynb #49d0a8dd
+# %% ../nbs/17_channels.ipynb #636ace73
 def _run(model:nn.Module, x:Input) -> Input: return model(x)
 
 def channel_groups(

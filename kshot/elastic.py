@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Named', 'by_l1', 'elastic']
 
-# %% ../nbs/22_elastic.ipynb #9c0b3f5c
+# %% ../nbs/22_elastic.ipynb #386e2d52
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from .nets.layers import Skipped, round_channels
 from .networks import copy_network
 from .space import Block, Space
 
-# %% ../nbs/22_elastic.ipynb #646fef5b
+# %% ../nbs/22_elastic.ipynb #68e61606
 def _code_counts(net:nn.Module, members:Sequence[Group]) -> Iterator[tuple]: # values of `counts` to try
     parts = [part for group in members for part in group.parts]
     names = (part.module.split('.') for part in parts)
@@ -51,7 +51,7 @@ def _clusters(groups:Sequence[Group]) -> list[list[Group]]: # that share layers
         found.append((names, [*itertools.chain(*(others for _,others in touched)), group]))
     return [others for _,others in found]
 
-# %% ../nbs/22_elastic.ipynb #0b9c690a
+# %% ../nbs/22_elastic.ipynb #af57947a
 def _in_a_row(model:nn.Module) -> list[str]: # names of blocks
     rows = nn.Sequential | nn.ModuleList
     found = []
@@ -78,7 +78,7 @@ def _comparing(model:nn.Module, names:list[str]) -> Iterator[dict[str, bool]]: #
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../nbs/22_elastic.ipynb #7658c868
+# %% ../nbs/22_elastic.ipynb #23e5ac6b
 def _unit_size(group:Group) -> int: # channels, in the layer where it has the fewest
     sides = ('in', 'out', 'both', 'weight 0', 'weight 1')
     return min(part.ids.shape[1] for part in group.parts if part.side in sides)
@@ -121,18 +121,20 @@ class _Trial:
         for name in self.keeps: self.keeps[name] &= keeps.get(name, True)
         return ''
 
-    def ways(self, members:Sequence[Group]) -> Iterator[Group]: # in which they run
-        group = _together(members)
-        if len(self.units(group)) == 1:
-            self.failures.setdefault(group.name, 'there is no smaller width')
-            return
-        for counts in _code_counts(self.net, members):
-            tried = group._replace(counts=counts)
-            why = self.run(tried)
-            if why: self.failures.setdefault(group.name, why)
-            else: yield tried
+# %% ../nbs/22_elastic.ipynb #da24dce7
+@patch
+def ways(self:_Trial, members:Sequence[Group]) -> Iterator[Group]: # in which they run
+    group = _together(members)
+    if len(self.units(group)) == 1:
+        self.failures.setdefault(group.name, 'there is no smaller width')
+        return
+    for counts in _code_counts(self.net, members):
+        tried = group._replace(counts=counts)
+        why = self.run(tried)
+        if why: self.failures.setdefault(group.name, why)
+        else: yield tried
 
-# %% ../nbs/22_elastic.ipynb #303af4ca
+# %% ../nbs/22_elastic.ipynb #a563b1b6
 def _is_same(members:Sequence[Group], n:int, of:int, found:dict[str, Group], fixed:dict[str, str]) -> bool:
     def sizes(group): return {(part.module, part.side): part.ids.shape[1] for part in group.parts}
     for group in members:
@@ -173,7 +175,7 @@ def find(self:_Trial, groups:Sequence[Group]) -> list[Group]: # that vary
         for group in attempt.members: self.failures.pop(group.name, None)
     return [attempt.group for attempt in attempts]
 
-# %% ../nbs/22_elastic.ipynb #0b9e26bd
+# %% ../nbs/22_elastic.ipynb #04a38dff
 def by_l1(
     net:nn.Module, # has the group
     group:Group,   # of channels
@@ -205,7 +207,7 @@ def _sort(net:nn.Module, group:Group, importance:np.ndarray): # in place, the mo
             to, of = (torch.from_numpy(ids.ravel()).to(t.device) for ids in (part.ids, part.ids[order]))
             t.index_copy_(dim, to, t.index_select(dim, of))
 
-# %% ../nbs/22_elastic.ipynb #148e736b
+# %% ../nbs/22_elastic.ipynb #75751bfb
 def _kernel_sizes(module:nn.Module) -> tuple[int, ...]: # odd ones, from 3
     if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd): return ()
     k = module.kernel_size[0]
@@ -242,7 +244,7 @@ def _check_ops(net:Elastic, x:Input, names:list[list[str]]):
                 place = net.places[i]
                 raise ValueError(f'op {name!r} in the place of {place!r} gives {found}, expected {expected}')
 
-# %% ../nbs/22_elastic.ipynb #10b9a01a
+# %% ../nbs/22_elastic.ipynb #f747bb88
 def _shown(name:str) -> str: return name.removeprefix('model.') # in tables
 
 def _width_block(group:Group, units:tuple[int, ...]) -> Block:
@@ -258,7 +260,7 @@ def _try(net:Elastic, x:Input, widths:Sequence[float], ops:dict[str, dict], may:
     groups = trial.find([*filter(may_vary, groups)])
     return trial, groups, {_shown(name): why for name,why in (fixed | trial.failures).items()}
 
-# %% ../nbs/22_elastic.ipynb #50b50f17
+# %% ../nbs/22_elastic.ipynb #0974ee89
 def elastic(
     model:nn.Module, # `forward(x)`, not changed
     x:Input|Sequence[int], # shape of one example, or a batch
@@ -296,7 +298,7 @@ def elastic(
     net.fixed = fixed
     return net, Space('elastic', tuple(blocks))
 
-# %% ../nbs/22_elastic.ipynb #c37f8bc4
+# %% ../nbs/22_elastic.ipynb #a4272348
 @patch
 def summary(self:Elastic,
     space:Space, # that `elastic` returned with it

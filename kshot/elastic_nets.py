@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kept', 'Places', 'Elastic', 'Fixed', 'Attention', 'take_apart']
 
-# %% ../nbs/21_elastic_nets.ipynb #629d556d
+# %% ../nbs/21_elastic_nets.ipynb #0385a882
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +21,7 @@ from .nets.layers import Skipped, SupernetOnly
 from .networks import copy_network
 from .space import Path
 
-# %% ../nbs/21_elastic_nets.ipynb #f9071b70
+# %% ../nbs/21_elastic_nets.ipynb #e230192d
 Kept = int|np.ndarray # the first channels, or which; no tensor, which would move with the network
 
 def _ids(kept:np.ndarray, t:Tensor) -> Tensor: # on the device of a tensor
@@ -35,7 +35,7 @@ def _center(k:int, weight:Tensor) -> Tensor: # of a kernel, a view
     for dim in range(2, weight.ndim): weight = weight.narrow(dim, (weight.shape[dim]-k)//2, k)
     return weight
 
-# %% ../nbs/21_elastic_nets.ipynb #13ba6a89
+# %% ../nbs/21_elastic_nets.ipynb #a3259e5c
 Places = Sequence[tuple[str, Sequence[nn.Module]]] # name of a module, what may stand in its place
 
 class Elastic(SupernetOnly, nn.Module):
@@ -78,7 +78,7 @@ class Elastic(SupernetOnly, nn.Module):
     def forward(self, x:Input, path:Path) -> Input:
         with self.at(path): return self.model(x)
 
-# %% ../nbs/21_elastic_nets.ipynb #bdd9ea00
+# %% ../nbs/21_elastic_nets.ipynb #71647b44
 class Fixed(nn.Module):
     "Run a network that has the sizes of one path."
     def __init__(self, model:nn.Module):
@@ -86,7 +86,7 @@ class Fixed(nn.Module):
         self.model = model
     def forward(self, x:Input, path:Path=()) -> Input: return self.model(x)
 
-# %% ../nbs/21_elastic_nets.ipynb #dc85191a
+# %% ../nbs/21_elastic_nets.ipynb #4c277cf4
 class _Change(NamedTuple):
     module:nn.Module
     tensors:list[tuple[str, Callable[[Tensor], Tensor]]] # how each is cut
@@ -125,7 +125,7 @@ def _cropping(conv:nn.Module, k:int) -> _Change:
     size = dict(kernel_size=(k,)*len(conv.kernel_size), padding=tuple(d*(k//2) for d in conv.dilation))
     return _Change(conv, [('weight', partial(_center, k))], size)
 
-# %% ../nbs/21_elastic_nets.ipynb #671e32fe
+# %% ../nbs/21_elastic_nets.ipynb #30cc6fa1
 @patch
 def changes(self:Elastic,
     path:Path, # choice per block
@@ -155,7 +155,7 @@ def chosen(self:Elastic,
     for name,others,o in zip(self.places, self.others, path[self.first_place:]):
         if o: yield f'model.{name}', others[o-1]
 
-# %% ../nbs/21_elastic_nets.ipynb #6ff7abc8
+# %% ../nbs/21_elastic_nets.ipynb #b5f583d9
 def _place(module:nn.Module, name:str) -> dict|None: # where a module keeps a tensor
     for place in (module._parameters, module._buffers):
         if place.get(name) is not None: return place
@@ -193,7 +193,7 @@ def at(self:Elastic,
             if value is None: del place[name]
             else: place[name] = value
 
-# %% ../nbs/21_elastic_nets.ipynb #b16885bf
+# %% ../nbs/21_elastic_nets.ipynb #ff18979f
 @patch
 def plain(self:Elastic,
     *path:int, # choice per block
@@ -210,7 +210,7 @@ def plain(self:Elastic,
     for name,module in self.chosen(path): self.set_submodule(name, module)
     return Fixed(self.model)
 
-# %% ../nbs/21_elastic_nets.ipynb #d8683a63
+# %% ../nbs/21_elastic_nets.ipynb #4e4277fc
 class Attention(nn.Module):
     "Self-attention as of `nn.MultiheadAttention`, made of layers that can be narrow."
     def __init__(self,
