@@ -21,7 +21,10 @@ from .base.inputs import Input, shapes_of, tensors_in
 from .benchmark import get_benchmark, get_net, get_space
 from .cost import Cost
 from .data import DATA, DataLoaders, get_data
+from .datasets.images import IMAGE_SETS
 from .evaluate import evaluating, score_path
+from .models import model_ends, model_net
+from .networks import share
 from .sampler import UniformSampler, get_sampler
 from .settings import Settings, Sharing, Training
 from .simplex import FreeCode, SimplexNet, UniformCode, VertexCode, width_discrimination
@@ -36,22 +39,29 @@ class Config(Settings):
     "Settings with the recipe of the space filled in; `ValueError` or `TypeError` as in `Settings`."
     def __post_init__(self):
         super().__post_init__()
-        space_of(self)
         for name,value in _recipe(self).items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
+        space_of(self)
 
 # %% ../nbs/80_config.ipynb #98805bbb
 def _widths(config) -> tuple[float, ...]:
-    try: return tuple(map(float, (config.widths or '').split()))
+    try: return tuple(map(float, (config.widths or '').replace(',', ' ').split()))
     except ValueError as e:
-        expected = 'numbers like "0.2 0.4 0.6 0.8 1.0"'
+        expected = 'numbers like .2,.4,.6,.8,1'
         raise ValueError(f'widths {config.widths!r}, expected {expected}') from e
 
 def space_of(
     config:Config, # names the space
 ) -> Space:        # with its widths
     "Return the space of a configuration; `ValueError` if there is none, or for widths it lacks."
-    return get_space(config.space, _widths(config), config.width_per)
+    return get_space(config.space, **_choices(config), px=_px(config))
+
+def _choices(config) -> dict[str, Any]: # that a space has, as `get_space` and `get_net` take them
+    return dict(widths=_widths(config), width_per=config.width_per, depth=config.depth)
+
+def _px(config) -> int: # of images, known before they are read
+    images = IMAGE_SETS.get(config.data)
+    return config.px or (images.px if images else 224)
 
 def branch_of(
     config:Config, # says when
@@ -77,6 +87,7 @@ def _recipe(config) -> dict[str, Any]: # values for what the user left out
         without = 'brings no data and its recipe names none'
         raise ValueError(f'space {config.space!r} {without}, expected a data set')
     if config.data == 'imagenet': del recipe['portion'] # it has a validation set of its own
+    if config.sampler not in (None, recipe['sampler']): recipe['distill'] = False # it goes with the sampler
     return recipe
 
 # %% ../nbs/80_config.ipynb #23ab7092
@@ -115,6 +126,13 @@ def _check_codes(config:Config, space:Space):
         raise ValueError(f'codes free for {n_paths:,} paths, expected at most a million')
 
 # %% ../nbs/80_config.ipynb #5b120a02
+def _is_model(config) -> bool: # a network by name
+    return not isinstance(get_benchmark(config.space).space, Space)
+
+def _check_weights(config:Config):
+    if config.weights and not _is_model(config):
+        raise ValueError(f'weights {config.weights!r} for space {config.space!r}, expected a --model')
+
 def _check_distill(config:Config):
     if config.distill and config.sampler not in ('sandwich', 'fair'):
         given = f'distill with sampler {config.sampler!r}'
@@ -152,6 +170,7 @@ def check_config(
         raise ValueError(f'{given}, expected {", ".join(fitting)}{hint}')
     _check_branch(config)
     _check_codes(config, space)
+    _check_weights(config)
     _check_distill(config)
     _check_bn(config)
 
@@ -195,13 +214,17 @@ def net_args(
     changed = {name: value for name,value in sharing.items() if value != getattr(usual, name)}
     sizes = dict(channels=config.channels or 0, n_cells=config.n_cells or 0)
     of_data = dict(n_classes=10, px=0) if dls is None else dict(n_classes=dls.c, px=_px_of(config, dls))
-    widths = dict(widths=_widths(config), width_per=config.width_per)
-    return dict(name=config.space, **sizes, **widths, **of_data, **changed)
+    return dict(name=config.space, **sizes, **_choices(config), **of_data, **changed)
 
 def _px_of(config, dls): # 0: these are no images
     return example_of(config, dls)[-1] if get_benchmark(config.space).is_of_images else 0
 
-def _net(config, dls): return get_net(**net_args(config, dls))
+def _net(config, dls):
+    args = net_args(config, dls)
+    if not config.weights: return get_net(**args)
+    given = {name: args[name] for name in ('n_classes', 'widths', 'depth', 'px')}
+    net = model_net(config.space, **given, weights=config.weights)
+    return share(net, space_of(config), Sharing())
 
 # %% ../nbs/80_config.ipynb #8b1e0a09
 def make_codes(
@@ -229,7 +252,7 @@ def cost_of(
 ) -> Cost:           # for one example
     "Return the cost of paths on their data; `ValueError` if the network cannot take it."
     with torch.device('meta'): # no weights, and nothing drawn from the generator
-        net = _net(alone(config), dls)
+        net = _net(replace(alone(config), weights=None), dls)
     example = example_of(config, dls)
     cost = Cost(net, example)
     try: cost(space_of(config).sample(np.random.default_rng(0), 1))
@@ -243,7 +266,9 @@ def cost_of(
 def _sampler(config, space, cost, score=None) -> UniformSampler:
     def is_cheap(path): return cost.macs(path) <= config.max_macs
     accept = is_cheap if config.max_macs else None
-    own = dict(greedy=dict(score=score), sandwich=dict(cost=cost.macs)).get(config.sampler, {})
+    ends = dict(cost=cost.macs)
+    if _is_model(config) and accept is None: ends = dict(zip(('smallest', 'largest'), model_ends(space)))
+    own = dict(greedy=dict(score=score), sandwich=ends).get(config.sampler, {})
     return get_sampler(config.sampler, space, config.seed, accept=accept, **own)
 
 def _regularization(config, space) -> Callable[..., Tensor]|None: # of codes

@@ -389,7 +389,7 @@ def imagenet_data(
     passes:int=1,      # passes over the training images in an epoch
     px:int=224,        # pixels per side
     n_train:int=0,     # training images; 0: all that don't validate
-    n_valid:int=0,     # training images that validate; 0: the paper's 50,000
+    n_valid:int=0,     # training images that validate; 0: a fifth, at most the paper's 50,000
     n_workers:int=-1,  # processes that read, for each split; 0: this one; -1: a share of the cores
     augment:Augment='mild', # 'strong' for retraining
     shard:World=World(), # rank and number of ranks
@@ -397,7 +397,7 @@ def imagenet_data(
     "Return a folder to train and score on; raise `ValueError` as `folder_splits` and `FileLoader` do."
     if augment is None: raise ValueError("augment None, expected 'mild' or 'strong'")
     folder = folder or data_folder()/'imagenet'
-    splits, classes = folder_splits(folder, n_valid or 50_000, n_train=n_train)
+    splits, classes = folder_splits(folder, n_valid, n_train=n_train)
     train = FileLoader(splits['train'], bs, px, augment, seed, passes, n_workers, shard)
     rest = []
     for files in (splits['valid'], splits['test']):

@@ -8,7 +8,7 @@ __all__ = ['source_weights', 'train_run', 'load_run', 'load_codes', 'ensure_trai
 # %% ../nbs/85_runs.ipynb #5b68c680
 import json, sys, time, zlib
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import reduce
 from pathlib import Path as FilePath
 import pandas as pd
@@ -46,7 +46,8 @@ def _newest(folder:FilePath) -> tuple[Config, dict[str, Tensor], dict]: # the ne
     return config, tensors, meta
 
 # %% ../nbs/85_runs.ipynb #5b117c02
-_OF_NETWORK = 'space', 'widths', 'width_per', 'channels', 'n_cells', *(f.name for f in fields(Sharing))
+_OF_NETWORK = ('space', 'widths', 'width_per', 'depth', 'channels', 'n_cells',
+               *(f.name for f in fields(Sharing)))
 
 def source_weights(
     config:Config, # of a run that is to be trained
@@ -78,6 +79,9 @@ def _config_to_train(config:Config, folder:FilePath, resume:bool) -> Config:
         raise ValueError(f'{holds}, expected one run')
     return read_config(folder)
 
+def _with_saved_weights(config:Config) -> Config: # in place of pretrained ones
+    return replace(config, weights=None)
+
 def _note_training(folder:FilePath, config:Config, learn:Learner, cb:CheckpointCallback):
     "Record the last epoch of a finished training, or say how to resume."
     sampler = learn.k_shot.sampler
@@ -103,7 +107,7 @@ def train_run(
     config = _config_to_train(config, folder, resume)
     source = None if resume else source_weights(config)
     with distributed() as shard, plain_errors(), ExitStack() as stack:
-        learn = make_learner(config, shard)
+        learn = make_learner(_with_saved_weights(config) if resume else config, shard)
         if source: load_weights(learn, source)
         agree(json.dumps(asdict(config)), 'what they are asked to train')()
         stack.enter_context(lock_run(folder))
@@ -122,7 +126,7 @@ def load_run(
 ) -> tuple[Config, Learner]: # its configuration, a learner with the newest weights
     "Return supernets and codes of a run; raise `ValueError` if it has none that can be read."
     config, tensors, meta = _newest(folder)
-    learn = make_learner(config, shard)
+    learn = make_learner(_with_saved_weights(config), shard)
     load_model(learn, tensors, meta)
     learn.k_shot.complete()
     return config, learn

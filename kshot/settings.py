@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Channelling', 'Kernel', 'OpOn', 'WidthPer', 'Codes', 'Mode', 'SamplerName', 'ScoreName', 'Algorithm', 'RecipeName',
-           'Split', 'RECIPES', 'Sharing', 'CodeOptions', 'Settings', 'Training', 'Truth', 'Budget']
+           'Split', 'RECIPES', 'MODEL_RECIPE', 'Sharing', 'CodeOptions', 'Settings', 'Training', 'Truth', 'Budget']
 
 # %% ../nbs/04_settings.ipynb #aa9943b9
 from dataclasses import dataclass, replace
@@ -63,11 +63,13 @@ class CodeOptions(Sharing):
 class Settings(CodeOptions):
     "What to train, and how; `ValueError` or `TypeError` for a value that an option cannot have."
     space:str='digits'     # space and its network by name, or module:name for one of your own
-    widths:str|None=None   # relative widths to choose from, as in "0.2 0.6 1.0"; by default full width
+    widths:str|None=None   # relative widths to choose from, as in .5,.75,1 (of a --model, these by default)
     width_per:WidthPer='layer' # what has a width: each layer, or the whole path
+    depth:bool=True        # let paths skip blocks, of a --model
+    weights:str|None=None  # pretrained ones of a --model: a file, or DEFAULT of its library; by default none
     K:int=4                # number of supernets; 1 is one-shot
-    sampler:SamplerName='uniform' # how the paths of a step are drawn
-    distill:bool=False     # let the other paths of a step learn from the last one (sandwich and fair)
+    sampler:SamplerName|None=None # how the paths of a step are drawn
+    distill:bool|None=None # let the other paths of a step learn from the last one (sandwich and fair)
     ema:float=0.           # decay of the average of the supernets that is scored; 0 takes no average
     max_macs:float|None=None # most multiply-accumulates of a path that trains; by default without a limit
     data:str|None=None     # data set: digits, cifar10, cifar100, imagenet16, own, or imagenet for any folder
@@ -75,7 +77,7 @@ class Settings(CodeOptions):
     n_workers:int|None=None # processes that read images; by default as many as the cores allow
     portion:float|None=None # part of the training images that train; the others validate
     n_train:int|None=None  # number of training images; by default all
-    n_valid:int|None=None  # validation images; by default all, or 50,000 of a folder's training images
+    n_valid:int|None=None  # validation images; by default all, or a fifth of a folder's, at most 50,000
     px:int|None=None       # pixels per side; by default as the images are
     channels:int|None=None # channels of the network's stem; by default as in the benchmark
     n_cells:int|None=None  # cells per stage, for darts in all; by default as in the benchmark
@@ -104,6 +106,8 @@ class Training:
     warmup:float=.1        # share of training with uniform codes, 0-1
     wd:float=5e-4          # weight decay
     bf16:bool=False        # compute in bfloat16 on a GPU
+    sampler:SamplerName='uniform' # how the paths of a step are drawn
+    distill:bool=False     # let the other paths of a step learn from the last one
 
 def _on_cifar(**values) -> Training: return Training(data='cifar10', portion=.5, **values)
 
@@ -119,6 +123,8 @@ RECIPES = dict( # of the spaces that come with kshot
     darts=_darts, nds=_darts,
     mobilenet=_imagenet, mobilenet_se=_imagenet, shufflenet=_imagenet,
     autoformer=replace(_imagenet, epochs=500, warmup=20/500))
+MODEL_RECIPE = replace( # of a network by name: the same rate per image, and what slimmable networks do
+    _imagenet, bs=64, lr=.12*64/1024, sampler='sandwich', distill=True)
 
 # %% ../nbs/04_settings.ipynb #cc7d8492
 @dataclass(frozen=True)

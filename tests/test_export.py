@@ -55,7 +55,7 @@ def digits_subnet(path=PATH, seed=0):
 
 def describe(path, **kwargs):
     "Return what `save_subnet` is told about a subnet."
-    sizes = dict(channels=4, n_cells=0, n_classes=10, widths=[], width_per='layer', px=0)
+    sizes = dict(channels=4, n_cells=0, n_classes=10, widths=[], width_per='layer', depth=True, px=0)
     return dict(space='digits', path=path) | sizes | kwargs
 
 # what the processes of a group do

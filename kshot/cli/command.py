@@ -19,7 +19,7 @@ from pathlib import Path as FilePath
 from textwrap import fill, indent
 from typing import NamedTuple, NoReturn, get_origin
 from ..base.options import choices_of, comments_of, did_you_mean, kinds_of
-from ..settings import RECIPES
+from ..settings import MODEL_RECIPE, RECIPES
 
 # %% ../../nbs/cli/10_command.ipynb #a16c1296
 class Option(NamedTuple):
@@ -95,7 +95,7 @@ def _sentence(comment:str) -> str: # with a capital, but K stays K and bf16 bf16
 def _default(option:Option, space:str) -> str: # as you would type it; '' if the comment says it
     default = option.default
     if default is None and 'by default' not in option.comment:
-        recipe = RECIPES.get(space)
+        recipe = MODEL_RECIPE if space == '--model' else RECIPES.get(space)
         if not hasattr(recipe, option.name): return ''
         value = getattr(recipe, option.name)
         return f'{_shown(value)} for {space}' if value is not None else ''
@@ -308,11 +308,13 @@ def _gathered(f:Callable, args:dict) -> dict:
         args[name] = record(**{field.name: args.pop(field.name) for field in fields(record)})
     return args
 
-# %% ../../nbs/cli/10_command.ipynb #e101364f
+# %% ../../nbs/cli/10_command.ipynb #4ffb4d97
 def _space_of(argv:list[str], default:str) -> str: # that the command line names
     pairs = [*zip(argv, argv[1:]), *(arg.split('=', 1) for arg in argv if '=' in arg)]
-    return next((value for name,value in pairs if name == '--space'), default)
+    named = dict(pair for pair in pairs if pair[0] in ('--space', '--model'))
+    return '--model' if '--model' in named else named.get('--space', default)
 
+# %% ../../nbs/cli/10_command.ipynb #e101364f
 def command(
     f:Callable|None=None, # returns a JSON-able result, a text and, unless 0, an exit code
     n_places:int=0,       # how many of its first arguments are given by position

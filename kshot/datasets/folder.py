@@ -105,7 +105,7 @@ def _part(files:Files, idx:np.ndarray) -> Files:
 # %% ../../nbs/datasets/30_folder.ipynb #4089b130
 def folder_splits(
     folder:FilePath|str, # with `train/<class>/` and `val/<class>/`
-    n_valid:int=50_000, # training images to set aside for validation
+    n_valid:int=0,      # training images to set aside for validation; 0: a fifth, at most 50,000
     seed:int=0,         # of the draw
     n_train:int=0,      # images to train on; 0: all others
 ) -> tuple[dict[str, Files], list[str]]: # 'train', 'valid', 'test'; class names
@@ -118,6 +118,7 @@ def folder_splits(
     _check_same_classes(train, test, folder)
     files = _all_files(folder, train)
     n = len(files.names)
+    n_valid = n_valid or min(50_000, n//5)
     if not 0 < n_valid < n:
         raise ValueError(f'n_valid={n_valid}, expected 1 to {n-1} of {n} training images')
     if not 0 <= n_train <= n-n_valid:
