@@ -161,7 +161,7 @@ def pass_of(
     except RuntimeError as e:
         raise ValueError(f'path {path} cannot be timed: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/70_latency.ipynb #70a70013
+# %% ../nbs/70_latency.ipynb #70a70015
 N_PASSES = 12 # of a visit, after `N_WARMUP` that do not count
 N_WARMUP = 3
 
@@ -174,14 +174,14 @@ def visit(
     ms, reference_ms = np.quantile(rows[N_WARMUP:], .25, axis=0)
     return float(ms), float(reference_ms)
 
-# %% ../nbs/70_latency.ipynb #70a70016
+# %% ../nbs/70_latency.ipynb #70a70018
 def ratios(
     table:pd.DataFrame, # columns path, round, ms, reference_ms
 ) -> pd.Series:         # index path
     "Return the latency of each path as a multiple of the reference's."
     return (table.ms/table.reference_ms).groupby(table.path, sort=False).median()
 
-# %% ../nbs/70_latency.ipynb #70a7001a
+# %% ../nbs/70_latency.ipynb #70a7001c
 STRENGTHS = np.logspace(-6, 3, 19) # of the ridge that are tried
 
 def pairs(
@@ -229,7 +229,7 @@ class Ridge:
         "Predict latencies."
         return self.model.predict(self.features(paths, costs, self.has_pairs))
 
-# %% ../nbs/70_latency.ipynb #70a7001f
+# %% ../nbs/70_latency.ipynb #70a70021
 NOISE = .02 # most that two halves of the rounds may differ, relative to each other
 
 def _agreement(a:pd.Series, b:pd.Series) -> tuple[float, float]: # median relative difference, tau
@@ -268,7 +268,7 @@ class Latency:
         "Predict the latency of a path, as `predict`."
         return float(self.predict([path])[0])
 
-# %% ../nbs/70_latency.ipynb #70a70020
+# %% ../nbs/70_latency.ipynb #70a70022
 @patch(as_prop=True)
 def report(self:Latency) -> dict: # relative errors, 0.01 is 1 %
     "Return how well held-out paths are predicted, and how well their timings repeat."
@@ -279,7 +279,7 @@ def report(self:Latency) -> dict: # relative errors, 0.01 is 1 %
     guess = self.predict(list(map(self.space.parse, truth.index)))/self.reference_ms
     error, tau = _agreement(pd.Series(guess, truth.index), truth)
     n_paths = len(self.ratios)
-    n_rounds = int(self.table['round'].max()) + 1
+    n_rounds = int(self.table['round'].max()) + 1 # of held-out paths
     return dict(error=error, tau=tau, error_repeat=error_repeat, tau_repeat=tau_repeat,
                 n_timed=n_paths-len(truth), n_held=len(truth), n_rounds=n_rounds,
                 has_pairs=self.ridge.has_pairs, reference_ms=self.reference_ms)
@@ -292,7 +292,7 @@ def noise(self:Latency) -> str: # '': none to speak of
     return (f'the machine was too noisy: two halves of the timings differ by {halves:.1%}, '
             f'expected at most {NOISE:.0%}: stop other programs, or time more rounds')
 
-# %% ../nbs/70_latency.ipynb #70a70025
+# %% ../nbs/70_latency.ipynb #70a70027
 def _example(x:Input|Sequence[int]): return describe_input(example_input(x)) # the same for shape and batch
 
 def _blocks(space:Space) -> list[list[str]]: return [[block.name, *block.choices] for block in space.blocks]
@@ -319,7 +319,7 @@ def _write(fname:FilePath, rows:list[dict], about:dict):
     table = table.replace_schema_metadata({'kshot': json.dumps(about)})
     with replacing(fname) as tmp: pq.write_table(table, tmp, compression='zstd')
 
-# %% ../nbs/70_latency.ipynb #70a70026
+# %% ../nbs/70_latency.ipynb #70a70028
 def _check_network(fname:FilePath, table:pd.DataFrame, space:Space, cost:Cost):
     first = table.iloc[0]
     found = cost([space.parse(first.path)])[0].tolist()
@@ -346,7 +346,7 @@ def read_latency(
     _check_network(fname, table, space, cost)
     return Latency(table, space, cost, about)
 
-# %% ../nbs/70_latency.ipynb #70a70029
+# %% ../nbs/70_latency.ipynb #70a7002b
 def _design(space:Space, n_paths:int) -> dict[Path, bool]: # path -> is it held out?
     rng = np.random.default_rng(0)
     held = dict.fromkeys(space.sample(rng, n_paths//4), True) # as a search would meet them
@@ -355,15 +355,16 @@ def _design(space:Space, n_paths:int) -> dict[Path, bool]: # path -> is it held 
         raise ValueError(f'n_paths={n_paths}, expected at least 8, of a space with as many')
     return dict.fromkeys(fitted, False) | held
 
-def _visits(rows:list[dict], paths:list[str], rounds:int) -> list[tuple[int, str]]: # that are to come
+def _visits(rows:list[dict], design:dict[str, bool], rounds:int) -> list[tuple[int, str]]: # to come
     done = {(row['round'], row['path']) for row in rows}
     visits = []
-    for r in range(rounds):
-        order = np.random.default_rng(r).permutation(len(paths))
-        visits += [(r, paths[i]) for i in order if (r, paths[i]) not in done]
+    for r in range(2*rounds):
+        names = [name for name,is_held in design.items() if is_held or r < rounds]
+        order = np.random.default_rng(r).permutation(len(names))
+        visits += [(r, names[i]) for i in order if (r, names[i]) not in done]
     return visits
 
-# %% ../nbs/70_latency.ipynb #70a7002a
+# %% ../nbs/70_latency.ipynb #70a7002c
 def _about(space:Space, x:Input|Sequence[int], device:str, threads:int, n_paths:int) -> dict:
     runtime = 'onnxruntime' if device == 'onnx' else 'torch'
     version = __import__(runtime).__version__
@@ -393,7 +394,7 @@ class _Rows:
     def __enter__(self): return self
     def __exit__(self, *_): self.save()
 
-# %% ../nbs/70_latency.ipynb #70a7002b
+# %% ../nbs/70_latency.ipynb #70a7002d
 def measure_latency(
     net:nn.Module, # `forward(x, path)`, not changed
     space:Space,   # its paths
@@ -401,7 +402,7 @@ def measure_latency(
     device:str='cpu', # 'cpu', 'cuda', 'cuda:1', ... or 'onnx': ONNX Runtime on the CPU
     fname:FilePath|None=None, # Parquet file to write, or to go on with; None: in memory
     n_paths:int=200, # paths to time; a quarter of them is held out
-    rounds:int=6,  # visits of each path
+    rounds:int=4,  # visits of each path; held-out ones have twice as many
     threads:int|None=None, # of a CPU; None: as many as torch uses
     progress:bool=True, # show a bar, and say if the machine was too noisy?
 ) -> Latency:
@@ -418,9 +419,10 @@ def measure_latency(
         torch.set_num_threads(n_threads)
         folder = stack.enter_context(TemporaryDirectory())
         def make(name): return pass_of(net, space.parse(name), x, device, n_threads, folder)
-        visits = _visits(table.rows, [*design], rounds)
-        n_before = len(design)*rounds - len(visits)
-        bar = stack.enter_context(Progress('visiting paths', len(design)*rounds, progress, n_before))
+        visits = _visits(table.rows, design, rounds)
+        n_before = len(table.rows)
+        n_all = n_before + len(visits)
+        bar = stack.enter_context(Progress('visiting paths', n_all, progress, n_before))
         reference = make(next(iter(design))) if visits else None
         for i,(r,name) in enumerate(visits, n_before+1):
             macs, n_params = map(int, cost([space.parse(name)])[0])

@@ -30,6 +30,7 @@ from kshot.config import Config, make_learner
 from kshot.data import TensorLoader, digits_data, digits_splits, held, loaders
 from kshot.folders import read_run
 from kshot.evaluate import accuracy_loss, recalibrate_bn, score_paths
+from kshot.latency import measure_latency
 from kshot.networks import digits_net, subnet
 from kshot.retrain import get_recipe, retrain
 from kshot.search import search
@@ -264,6 +265,13 @@ def moved(device, precision):
     quiet_fit(learn)
     assert {bank.dtype for bank in learn.model.banks.values()} == {torch.float32}
     return torch.cat([(bank - before[key]).flatten() for key,bank in learn.model.banks.items()])
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=on_gpu)])
+def test_paths_are_timed_on_a_device(device):
+    space = get_space('digits')
+    measured = measure_latency(digits_net(4), space, (1,8,8), device, n_paths=16, rounds=2, progress=False)
+    assert measured.table.ms.min() > 0 and measured.about['device'] == device
+    assert measured.predict([*space]).shape == (625,)
 
 HALF = [('cpu', 'bf16'), *(pytest.param('cuda', name, marks=on_gpu) for name in ('bf16', 'fp16'))]
 

@@ -25,7 +25,7 @@ def main():
     parser.add_argument('folder', type=Path)
     parser.add_argument('names', nargs='*', default=[*SIZES])
     parser.add_argument('--n_paths', type=int, default=160)
-    parser.add_argument('--rounds', type=int, default=6)
+    parser.add_argument('--rounds', type=int, default=3)
     args = parser.parse_args()
     rows = []
     for name in args.names:
