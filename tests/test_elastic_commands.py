@@ -169,3 +169,17 @@ def test_bad_input_gets_one_line(folder, argv):
     code, _, err = call('train', folder, 'wrong', *DATA, '--model', *argv.split())
     assert code == 2 and WRONG[argv] in err and err.count('\n') == 1, err
     assert not (folder/'runs'/'wrong').exists()
+
+@pytest.mark.slow
+def test_a_network_of_torchvision(tmp_path):
+    make_folder(tmp_path/'images')
+    model = '--model', 'torchvision:mobilenet_v3_small', '--folder', 'images', '--px', '32'
+    result('train', tmp_path, 'net', *model, '--bs', '32', '--n_workers', '0', '--epochs', '1')
+    most = count_macs(make_model('torchvision:mobilenet_v3_small', 3), (3, 32, 32))//2
+    found = result('search', tmp_path, 'net', '--n_paths', '3', '--max_macs', str(most))
+    assert found['macs'] <= most
+    alone = result('retrain', tmp_path, 'net', '--epochs', '1')
+    files = result('export', tmp_path, 'net')['files']
+    exported = torch.export.load(tmp_path/[name for name in files if name.endswith('.pt2')][0])
+    assert sum(p.numel() for p in exported.parameters()) == alone['n_params'] == found['n_params']
+    assert count_macs(exported.module(), (3, 32, 32)) == alone['macs'] == found['macs']
