@@ -66,7 +66,7 @@ class Elastic(SupernetOnly, nn.Module):
         self.parts = {} # (module, side) -> number of a group, its channels there
         for l,group in enumerate(self.groups):
             for part in group.parts: self.parts.setdefault((part.module, part.side), []).append((l, part.ids))
-        self.kept = {} # (module, side, choices of its groups) -> how many, or which
+        self.narrowings = {} # (module, side, choices of its groups) -> what changes
         self.fixed = {} # name of a layer -> why its width stays
 
     def op_sizes(self,
@@ -88,22 +88,18 @@ class Fixed(nn.Module):
 
 # %% ../nbs/21_elastic_nets.ipynb #4c277cf4
 class _Change(NamedTuple):
-    module:nn.Module
+    name:str # of a module
     tensors:list[tuple[str, Callable[[Tensor], Tensor]]] # how each is cut
     counts:dict[str, object] # attributes
 
 @patch
 def _kept_at(self:Elastic, name:str, side:Side, path:Path) -> Kept|None: # None: all
-    parts = self.parts[name, side]
-    key = name, side, *(path[l] for l,_ in parts)
-    if key in self.kept: return self.kept[key]
     is_kept = np.ones(n_channels(self.get_submodule(name), side), bool)
-    for l,ids in parts: is_kept[ids[self.units[l][path[l]]:]] = False
+    for l,ids in self.parts[name, side]: is_kept[ids[self.units[l][path[l]]:]] = False
     ids = is_kept.nonzero()[0]
     n = len(ids)
     is_first = ids[-1] == n-1
-    self.kept[key] = None if is_kept.all() else n if is_first else ids
-    return self.kept[key]
+    return None if is_kept.all() else n if is_first else ids
 
 @patch
 def _unused(self:Elastic, path:Path) -> tuple[str, ...]: # beginnings of the names of modules
@@ -112,18 +108,26 @@ def _unused(self:Elastic, path:Path) -> tuple[str, ...]: # beginnings of the nam
 def _scaled(value:int|tuple[int, ...], n:int, of:int) -> int|tuple[int, ...]:
     return tuple(v*n//of for v in value) if isinstance(value, tuple) else value*n//of
 
-@patch
-def _narrowing(self:Elastic, name:str, side:Side, kept:Kept) -> _Change:
-    module = self.get_submodule(name)
+def _narrow(name:str, module:nn.Module, side:Side, kept:Kept) -> _Change:
     n = kept if isinstance(kept, int) else len(kept)
     total = n_channels(module, side)
     tensors = [(key, partial(_narrowed, dim, kept)) for key,dim in tensors_of(module, side)]
     counts = {key: _scaled(getattr(module, key), n, total) for key in counts_of(module, side)}
-    return _Change(module, tensors, counts)
+    return _Change(name, tensors, counts)
 
-def _cropping(conv:nn.Module, k:int) -> _Change:
+@patch
+def _narrowing(self:Elastic, name:str, side:Side, path:Path) -> _Change|None: # None: all channels stay
+    key = name, side, *(path[l] for l,_ in self.parts[name, side])
+    if key not in self.narrowings:
+        if len(self.narrowings) == 1000: self.narrowings.clear() # channels of many groups may be joined
+        kept = self._kept_at(name, side, path)
+        module = self.get_submodule(name)
+        self.narrowings[key] = None if kept is None else _narrow(name, module, side, kept)
+    return self.narrowings[key]
+
+def _cropping(name:str, conv:nn.Module, k:int) -> _Change:
     size = dict(kernel_size=(k,)*len(conv.kernel_size), padding=tuple(d*(k//2) for d in conv.dilation))
-    return _Change(conv, [('weight', partial(_center, k))], size)
+    return _Change(name, [('weight', partial(_center, k))], size)
 
 # %% ../nbs/21_elastic_nets.ipynb #30cc6fa1
 @patch
@@ -136,16 +140,15 @@ def changes(self:Elastic,
     of_kernels = path[len(self.groups):]
     for (name,sizes),o in zip(self.kernels.items(), of_kernels):
         if is_used(f'model.{name}') and o < len(sizes)-1:
-            yield _cropping(self.model.get_submodule(name), sizes[o])
+            yield _cropping(f'model.{name}', self.model.get_submodule(name), sizes[o])
     for name,side in self.parts:
-        kept = self._kept_at(name, side, path) if is_used(name) else None
-        if kept is not None: yield self._narrowing(name, side, kept)
+        change = self._narrowing(name, side, path) if is_used(name) else None
+        if change is not None: yield change
     for l,group in enumerate(self.groups):
         n = self.units[l][path[l]]
         for name,key in group.counts:
             if n == group.n or not is_used(name): continue
-            module = self.get_submodule(name)
-            yield _Change(module, [], {key: getattr(module, key)*n//group.n})
+            yield _Change(name, [], {key: getattr(self.get_submodule(name), key)*n//group.n})
 
 @patch
 def chosen(self:Elastic,
@@ -178,7 +181,8 @@ def at(self:Elastic,
         put(place, name, how(whole))
         if place is module._buffers and not place[name]._is_view(): picked.append((whole, how, place, name))
     try:
-        for module,tensors,counts in self.changes(path):
+        for changed,tensors,counts in self.changes(path):
+            module = self.get_submodule(changed)
             for name,how in tensors: cut(module, name, how)
             for name,value in counts.items(): put(vars(module), name, value)
         for name,module in self.chosen(path):
@@ -199,7 +203,8 @@ def plain(self:Elastic,
     *path:int, # choice per block
 ) -> Fixed:    # `forward(x, path)`, with its own parameters
     "Return the network with the sizes of one path."
-    for module,tensors,counts in self.changes(path):
+    for changed,tensors,counts in self.changes(path):
+        module = self.get_submodule(changed)
         for name,how in tensors:
             place = _place(module, name)
             if place is None: continue
