@@ -17,10 +17,10 @@ MODELS = dict(
     resnet18=(12, 1, 5), mobilenet_v2=(25, 0, 10), mobilenet_v3_small=(26, 8, 6),
     regnet_y_400mf=(36, 0, 12), shufflenet_v2_x1_0=(21, 0, 10))
 SLOW = dict(
-    resnet50=(37, 1, 12), mobilenet_v3_large=(0, 0, 0), efficientnet_b0=(38, 9, 9), densenet121=(120, 1, 0),
-    convnext_tiny=(22, 18, 18), googlenet=(59, 1, 0), resnext50_32x4d=(0, 0, 0), swin_t=(13, 0, 12))
+    resnet50=(37, 1, 12), mobilenet_v3_large=(30, 6, 10), efficientnet_b0=(38, 9, 9), densenet121=(120, 1, 0),
+    convnext_tiny=(22, 18, 18), googlenet=(61, 1, 0), resnext50_32x4d=(21, 1, 12), swin_t=(13, 0, 12))
 SEGMENTATION = dict(
-    fcn_resnet50=(38, 1, 12), lraspp_mobilenet_v3_large=(0, 0, 0), deeplabv3_resnet50=(0, 0, 0))
+    fcn_resnet50=(38, 1, 12), lraspp_mobilenet_v3_large=(30, 6, 8), deeplabv3_resnet50=(44, 1, 12))
 
 def path_of(space, width, op): # of the same choice everywhere, counted from the end if negative
     def number(block): return range(len(block.choices))[width if block.kind == 'width' else op]
