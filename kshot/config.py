@@ -22,8 +22,9 @@ from .benchmark import get_benchmark, get_net, get_space
 from .cost import Cost
 from .data import DATA, DataLoaders, get_data
 from .datasets.images import IMAGE_SETS
+from .elastic import elastic_ends
 from .evaluate import evaluating, score_path
-from .models import model_ends, model_net
+from .models import model_net
 from .networks import share
 from .sampler import UniformSampler, get_sampler
 from .settings import Settings, Sharing, Training
@@ -267,7 +268,7 @@ def _sampler(config, space, cost, score=None) -> UniformSampler:
     def is_cheap(path): return cost.macs(path) <= config.max_macs
     accept = is_cheap if config.max_macs else None
     ends = dict(cost=cost.macs)
-    if _is_model(config) and accept is None: ends = dict(zip(('smallest', 'largest'), model_ends(space)))
+    if _is_model(config) and accept is None: ends = elastic_ends(space)
     own = dict(greedy=dict(score=score), sandwich=ends).get(config.sampler, {})
     return get_sampler(config.sampler, space, config.seed, accept=accept, **own)
 

@@ -118,6 +118,7 @@ class Cost:
         self.ops = op_modules(net, ops)
         self.sizes = block_sizes(net, self.ops)
         self.given = net
+        self.by_module = callable(getattr(type(net), 'deciding', None)) # what varies has other bounds than ops
         self.example = x
         self._set_network(_to_meta(net), example_input(x, device='meta'))
         self.reason = ''  # why the network does not run on the meta device, if so
@@ -125,6 +126,8 @@ class Cost:
         self.called = None # modules outside of all ops that the first path called
         self.first = None  # the first path counted
         self.counted = {} # path -> its cost, counted as a whole
+        self.deciding = {} # name of a module -> blocks that decide its cost, if the network says so
+        self.busy = None   # modules that multiply in their own code, if so
         self.n_sums = 0
         self.is_chain = is_chain(net) and ops is None
         self.is_known = self.is_chain or isinstance(net, SplitNet) # its costs add up
@@ -180,13 +183,13 @@ class _Reads(TorchDispatchMode):
 def _hook(self:Cost, parts:_Parts, meter:_Meter, ops:list[tuple]) -> list: # handles of the hooks
     on_path = {} # module -> op
     for op in ops:
-        for name in self.ops.get(op[:2], ()):
-            if name in parts.of_ops: on_path.setdefault(parts.of_ops[name], op)
+        names = [op[0]] if self.by_module else self.ops.get(op[:2], ())
+        for name in names: on_path.setdefault(parts.of_ops[name], op)
     hooks = []
     for m,op in on_path.items():
         hooks.append(m.register_forward_pre_hook(partial(meter.enter, op)))
         hooks.append(m.register_forward_hook(meter.leave))
-    for name,m in parts.of_ops.items():
+    for name,m in parts.of_ops.items() if not self.by_module else ():
         if isinstance(m, Skipped) or m in on_path or parts.owners_of[m] & {op[:2] for op in ops}: continue
         hooks.append(m.register_forward_pre_hook(partial(meter.refuse, name)))
     for m,name in parts.shared.items():
@@ -209,7 +212,30 @@ def _run(self:Cost, parts:_Parts, path:Path, ops:list[tuple], x:Input) -> tuple[
 def _at(self:Cost, path:Path) -> _Parts: # the network at one path's sizes
     if not self.is_elastic: return self.parts
     small = _skip_free(subnet(self.parts.net, path, self.ops).net)
-    return _parts(small, {} if isinstance(self.parts.net, SupernetOnly) else self.ops)
+    if not self.by_module: return _parts(small, self.ops)
+    places = self.parts.net.modules_at(path)
+    return _parts(small, {})._replace(of_ops={name: small.get_submodule(at) for name,at in places.items()})
+
+@patch
+def _find_busy(self:Cost):
+    net = self.parts.net
+    path = tuple(n-1 if l < net.first_place else 0 for l,n in enumerate(self.sizes)) # all of the given one
+    self.busy = () # while it is measured, a module stands for itself
+    containers = {name for name,m in net.named_modules() if [*m.children()]}
+    costs = self.measure(path)
+    self.busy = {op[0] for op,(macs,_) in costs.items() if op and macs and op[0] in containers}
+    self.busy |= {name for name in containers if name.startswith('others.')}
+    self.deciding.clear()
+
+@patch
+def _ops(self:Cost, path:Path) -> list[tuple]: # that a path reads; or modules, with what decides their cost
+    net = self.parts.net
+    if not self.by_module: return [*map(tuple, reads(net, path))]
+    if self.busy is None: self._find_busy()
+    names = net.modules_at(path)
+    for name in names:
+        if name not in self.deciding: self.deciding[name] = net.deciding(name, name in self.busy)
+    return [(name, *(path[l] for l in self.deciding[name])) for name in names]
 
 # %% ../nbs/18_cost.ipynb #4ef5a9b5
 @patch
@@ -226,17 +252,27 @@ def _macs(self:Cost, parts:_Parts, path:Path, ops:list[tuple]) -> tuple[dict, se
     return _count_twice(lambda x: self._run_with_data(path, ops, x), self.example, self.reason)
 
 @patch
+def _readers(self:Cost, parts:_Parts, ops:list[tuple]) -> dict[nn.Parameter, list[tuple|None]]:
+    readers = {}
+    if self.by_module:
+        for op in ops:
+            for p in parts.of_ops[op[0]].parameters(recurse=False): readers.setdefault(p, []).append(op)
+        return readers
+    with_sizes = {op[:2]: op for op in ops}
+    for p,owned_by in parts.owners.items():
+        readers[p] = [None] if None in owned_by else [with_sizes[op] for op in owned_by if op in with_sizes]
+    return readers
+
+@patch
 def measure(self:Cost,
     path:Path, # op index per block
 ) -> dict:     # op -> (MACs, parameters); None: the rest
     "Count a path as a whole, op by op; `ValueError` if the network fails, or uses an unnamed op."
-    ops = list(map(tuple, reads(self.parts.net, path)))
+    ops = self._ops(path)
     parts = self._at(path)
     macs, called = self._macs(parts, path, ops)
-    with_sizes = {op[:2]: op for op in ops}
     n_params = dict.fromkeys([None, *ops], 0)
-    for p,owned_by in parts.owners.items():
-        readers = [None] if None in owned_by else [with_sizes[op] for op in owned_by if op in with_sizes]
+    for p,readers in self._readers(parts, ops).items():
         if p.requires_grad and readers: n_params[readers[0]] += p.numel()
     if self.first is None:
         self.first = path
@@ -314,7 +350,7 @@ def _total(adds:Iterable[tuple[int, int]]) -> tuple[int, int]:
 def _cost(self:Cost, path:Path) -> tuple[int, int]:
     if path in self.counted: return self.counted[path]
     check_path(path, self.sizes)
-    ops = [None, *map(tuple, reads(self.parts.net, path))]
+    ops = [None, *self._ops(path)]
     new = [op for op in ops if op not in self.table]
     if new and self.table and self.is_chain and self.adds_up and not self.reason:
         self.table |= self.measure_ops(new)

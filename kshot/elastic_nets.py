@@ -215,6 +215,32 @@ def plain(self:Elastic,
     for name,module in self.chosen(path): self.set_submodule(name, module)
     return Fixed(self.model)
 
+# %% ../nbs/21_elastic_nets.ipynb #4182c310
+@patch
+def modules_at(self:Elastic,
+    path:Path, # choice per block
+) -> dict[str, str]: # name of a module -> its name in what `plain` returns
+    "Name the modules that a path uses."
+    unused = self._unused(path)
+    names = {name: name for name,_ in self.named_modules() if not f'{name}.'.startswith(unused)}
+    for place,others,o in zip(self.places, self.others, path[self.first_place:]):
+        if not o: continue
+        chosen = f'others.{self.places.index(place)}.{o-1}'
+        inside = [name for name in names if f'{name}.'.startswith(f'{chosen}.')]
+        names |= {name: f'model.{place}' + name.removeprefix(chosen) for name in inside}
+    return {name: at for name,at in names.items() if f'{at}.'.startswith('model.')}
+
+@patch
+def deciding(self:Elastic,
+    name:str, # of a module
+    inside:bool=False, # what varies inside of it counts, too?
+) -> list[int]: # numbers of blocks
+    "Return the blocks whose choices decide the size of a module."
+    def is_meant(other): return other == name or inside and other.startswith(f'{name}.')
+    varies = [[part.module for part in group.parts] for group in self.groups]
+    varies += [[f'model.{conv}'] for conv in self.kernels] + [[f'model.{place}'] for place in self.places]
+    return [l for l,names in enumerate(varies) if any(map(is_meant, names))]
+
 # %% ../nbs/21_elastic_nets.ipynb #4e4277fc
 class Attention(nn.Module):
     "Self-attention as of `nn.MultiheadAttention`, made of layers that can be narrow."

@@ -186,16 +186,16 @@ def _no_path(self:Search, lowest:Callable) -> ValueError: # `lowest(name)`: smal
 
 @patch
 def _listed(self:Search, rng, algorithm:Algorithm) -> Callable:
-    paths = list(self.space)
-    left = [p for p in paths if self.fits(p)]
-    def lowest(k): return min((self.cost(p)[k] for p in paths), default=math.nan)
-    if not left: raise self._no_path(lowest)
+    left = list(self.space)
+    def lowest(k): return min((self.cost(p)[k] for p in self.space), default=math.nan)
     if algorithm != 'exhaustive': left = [left[i] for i in rng.permutation(len(left))]
     left.reverse() # the next one is last
-    def is_done(p): return p in self.scores and p not in self.replay
+    while left and not self.fits(left[-1]): left.pop() # costs take time: no more of them than it needs
+    if not left: raise self._no_path(lowest)
+    def is_open(p): return (p not in self.scores or p in self.replay) and self.fits(p)
     def tries():
-        while left and is_done(left[-1]): left.pop()
-        return (p for p in reversed(left) if not is_done(p))
+        while left and not is_open(left[-1]): left.pop()
+        return filter(is_open, reversed(left))
     return tries
 
 # %% ../nbs/64_search.ipynb #b3999862

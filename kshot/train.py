@@ -30,6 +30,8 @@ from .base.inputs import Input, join_rows, map_tensors, n_rows
 from .base.options import check_option
 from .base.threads import choose_threads
 from .cost import Cost
+from .elastic import elastic_ends
+from .elastic_nets import Elastic
 from .epochs import EpochLearner
 from .sampler import UniformSampler, get_sampler
 from .nets.sharing import drop_paths_of, set_drop_path
@@ -522,6 +524,8 @@ class KShotLearner(EpochLearner):
 # %% ../nbs/50_train.ipynb #4b6aa817
 def _named_sampler(name, space, seed, net, ops, dls) -> UniformSampler:
     if name != 'sandwich': return get_sampler(name, space, seed)
+    ends = elastic_ends(space) if isinstance(net, Elastic) else {}
+    if ends: return get_sampler(name, space, seed, **ends)
     check_loaders(dls)
     x, _ = next(pairs(dls.valid, device_of(dls)))
     return get_sampler(name, space, seed, cost=Cost(net, x, ops).macs)

@@ -11,8 +11,9 @@ from helpers.processes import command
 from PIL import Image
 
 from kshot.cost import count_macs
+from kshot.elastic import elastic_ends
 from kshot.export import load_subnet
-from kshot.models import make_model, model_ends, model_space
+from kshot.models import make_model, model_space
 from kshot.runs import load_run
 
 NET = '''
@@ -104,7 +105,7 @@ def test_a_second_process_resumes(folder):
 
 def test_search_retrain_and_export(folder):
     space = space_of(folder)
-    smallest, largest = model_ends(space)
+    smallest, largest = elastic_ends(space).values()
     most = count(largest, space)[0]//2
     found = result('search', folder, 'run', '--n_paths', '4', '--max_macs', str(most))
     path = space.parse(found['path'])
