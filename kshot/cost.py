@@ -118,7 +118,7 @@ class Cost:
         self.ops = op_modules(net, ops)
         self.sizes = block_sizes(net, self.ops)
         self.given = net
-        self.by_module = callable(getattr(type(net), 'deciding', None)) # what varies has other bounds than ops
+        self.by_module = callable(getattr(type(net), 'deciding', None)) # not by op
         self.example = x
         self._set_network(_to_meta(net), example_input(x, device='meta'))
         self.reason = ''  # why the network does not run on the meta device, if so
@@ -208,6 +208,7 @@ def _run(self:Cost, parts:_Parts, path:Path, ops:list[tuple], x:Input) -> tuple[
         meter.charge()
     return meter.macs, meter.called
 
+# %% ../nbs/18_cost.ipynb #2e42e50f
 @patch
 def _at(self:Cost, path:Path) -> _Parts: # the network at one path's sizes
     if not self.is_elastic: return self.parts
@@ -263,6 +264,7 @@ def _readers(self:Cost, parts:_Parts, ops:list[tuple]) -> dict[nn.Parameter, lis
         readers[p] = [None] if None in owned_by else [with_sizes[op] for op in owned_by if op in with_sizes]
     return readers
 
+# %% ../nbs/18_cost.ipynb #65da0f31
 @patch
 def measure(self:Cost,
     path:Path, # op index per block
