@@ -50,17 +50,18 @@ if find_spec('modelopt'):
 
 OUT = Path(__file__).parent.parent/'results'/'elastic.json'
 WIDTHS = .5, .75, 1.
-ROUNDS = 5 # that are timed
 
 class Network(NamedTuple):
     bs:int=32 # images of a batch
     px:int=64 # pixels a side
+    rounds:int=5 # that are timed
     kwargs:dict={}
 
+SMALL = Network(rounds=15)
 NETWORKS = dict(
-    resnet18=Network(), resnet50=Network(), mobilenet_v2=Network(), mobilenet_v3_small=Network(),
-    mobilenet_v3_large=Network(), efficientnet_b0=Network(), convnext_tiny=Network(),
-    regnet_y_400mf=Network(), densenet121=Network(), shufflenet_v2_x1_0=Network(),
+    resnet18=SMALL, resnet50=Network(), mobilenet_v2=SMALL, mobilenet_v3_small=SMALL,
+    mobilenet_v3_large=SMALL, efficientnet_b0=SMALL, convnext_tiny=Network(),
+    regnet_y_400mf=SMALL, densenet121=Network(), shufflenet_v2_x1_0=SMALL,
     googlenet=Network(kwargs=dict(init_weights=False)), vit_b_16=Network(4, 224), swin_t=Network(),
     fcn_resnet50=Network(8, kwargs=dict(weights_backbone=None)))
 
@@ -75,7 +76,7 @@ class Converted(NamedTuple):
 
 def kshot(model:nn.Module, x:Tensor) -> Converted:
     "Convert a network by kshot."
-    net, space = elastic(model, x, WIDTHS)
+    net, space = elastic(model, x.shape[1:], WIDTHS)
     def number(block, width, op): return range(len(block.choices))[width if block.kind == 'width' else op]
     def path(width, op): return tuple(number(block, width, op) for block in space.blocks)
     drawn, = space.sample(np.random.default_rng(0), 1)
@@ -136,12 +137,20 @@ def steps_of(c:Converted, x:Tensor) -> dict[str, Callable]: # 'elastic' and 'alo
     return dict(elastic=training_step(c.net, lambda x: c.run(x, c.drawn), x),
                 alone=training_step(alone, alone, x))
 
+@torch.no_grad()
+def given_network(name:str) -> nn.Module:
+    "Return a network of torchvision; layers that begin with zeros, which hide differences, are drawn."
+    model = get_model(name, **NETWORKS[name].kwargs)
+    for p in model.parameters():
+        if p.ndim > 1 and not p.any(): nn.init.normal_(p, std=.02)
+    return model
+
 def measure(name:str, package:str) -> dict: # a row
     "Convert a network and measure what comes out; the row says where that fails."
     row = dict(model=name, package=package)
-    bs, px, kwargs = NETWORKS[name]
+    bs, px, rounds, _ = NETWORKS[name]
     torch.manual_seed(0)
-    model = get_model(name, **kwargs).eval()
+    model = given_network(name)
     x = torch.randn(bs, 3, px, px)
     few = x[:2]
     try:
@@ -149,12 +158,12 @@ def measure(name:str, package:str) -> dict: # a row
         c = PACKAGES[package](model, few)
         row |= dict(seconds=perf_counter()-start, cpu_seconds=process_time()-cpu_start)
         row |= dict(blocks=len(c.sizes), log10_paths=sum(map(math.log10, c.sizes)))
-        c.net.eval()
+        for module in (model, c.net): module.eval()
         with torch.no_grad():
             row['full_differs'] = largest_difference(c.run(few, c.full), model(few))
             row['alone_differs'] = largest_difference(c.alone(c.drawn).eval()(few), c.run(few, c.drawn))
         row |= {f'macs_{key}': macs(c, getattr(c, key), x) for key in ('full', 'small', 'drawn')}
-        times = interleaved(steps_of(c, x), ROUNDS, clock=process_time)
+        times = interleaved(steps_of(c, x), rounds, clock=process_time)
         over = np.quantile(np.divide(times['elastic'], times['alone']), (.25, .5, .75))
         row |= dict(over_alone=over.round(3).tolist(), alone_ms=1e3*np.median(times['alone']))
     except Exception as e: row['error'] = f'{type(e).__name__}: {str(e).strip()}'.splitlines()[0]
@@ -168,6 +177,7 @@ def main():
     for name in names:
         if name not in NETWORKS: parser.error(f'network {name!r}, expected some of {", ".join(NETWORKS)}')
     torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False) # its MACs are not counted
     kept = json.loads(OUT.read_text()) if OUT.exists() else dict(rows=[], versions={})
     packages = [name for name in PACKAGES if find_spec(name)]
     for name in PACKAGES.keys() - packages: print(f'{name} is not measured: it is not installed')
@@ -183,7 +193,7 @@ def main():
     if 'modelopt' in packages: installed['modelopt'] = version('nvidia-modelopt')
     about['versions'] = kept['versions'] | about['versions'] | installed
     note = 'CPU time of one thread, in turn: quartiles of ratios; the machine was busy with other work'
-    sizes = {name: f'{bs} images of {px} px' for name,(bs,px,_) in NETWORKS.items()}
+    sizes = {name: f'{bs} images of {px} px' for name,(bs,px,*_) in NETWORKS.items()}
     write_json(OUT, dict(note=note, sizes=sizes, **about, rows=rows))
 
 if __name__ == '__main__': main()
