@@ -7,7 +7,7 @@ __all__ = ['Side', 'Run', 'sides_of', 'n_channels', 'tensors_of', 'counts_of', '
 
 # %% ../nbs/17_channels.ipynb #b1f09cf3
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 import numpy as np
@@ -141,8 +141,8 @@ class _Trace:
     def tie_blocks(self, firsts:np.ndarray, size:int): # the channels of each block
         if size > 1: self.tie(firsts[:,None], firsts[:,None] + np.arange(size))
 
-    def make(self, module:str, side:Side, out:Tensor, dim:int) -> Tensor: # new values
-        t = torch.rand(out.shape, dtype=torch.double, generator=self.rng) + .1 # above 0, for ReLU
+    def make(self, module:str, side:Side, shape:tuple, dim:int) -> Tensor: # new values
+        t = torch.rand(shape, dtype=torch.double, generator=self.rng) + .1 # above 0, for ReLU
         self.sources.append(_Source(t.requires_grad_(), module, side, dim % t.ndim))
         return t.clone()
 
@@ -209,14 +209,13 @@ def split(self:_Trace, name:str, module:nn.Module, side:Side) -> int: # number o
     return first
 
 @patch
-def cut(self:_Trace, name:str, module:nn.Module, x:Tensor, *args, **kwargs) -> Tensor: # instead of `forward`
-    with torch.no_grad(): out = type(module).forward(module, x, *args, **kwargs)
+def cut(self:_Trace, name:str, module:nn.Module, shapes:Iterator[tuple], x:Tensor, *_, **__) -> Tensor:
     dim = _dim(module, x)
     firsts = {side: self.split(name, module, side) for side in sides_of(module)}
     *reading, making = firsts # 'both' is read and made
     for side in reading or [making]:
         if not isinstance(module, nn.Embedding): self.read(x, firsts[side], dim)
-    return self.make(name, making, out, dim)
+    return self.make(name, making, next(shapes), dim) # instead of `forward`, whose outputs have these shapes
 
 class _Functions(TorchFunctionMode):
     "Follow what a network's own code does with its parameters."
@@ -229,13 +228,12 @@ class _Functions(TorchFunctionMode):
         return module, f'{name} {dim}', self.trace.start(module, f'{name} {dim}', t.shape[dim])
 
     def linear(self, x:Tensor, weight:Tensor, bias:Tensor|None=None) -> Tensor:
-        with torch.no_grad(): out = F.linear(x, weight, bias)
         self.trace.read(x, self.side(weight, 1)[2], -1)
         module, side, first = self.side(weight, 0)
         if id(bias) in self.names:
             channels = np.arange(len(weight))
             self.trace.tie(first + channels, self.side(bias, 0)[2] + channels)
-        return self.trace.make(module, side, out, -1)
+        return self.trace.make(module, side, (*x.shape[:-1], len(weight)), -1)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.dropout: return args[0] # it would hide channels
@@ -245,20 +243,19 @@ class _Functions(TorchFunctionMode):
 # %% ../nbs/17_channels.ipynb #12f73bda
 Run = Callable[[nn.Module, Input], Input] # `run(model, x)`
 
-def _called(model:nn.Module, run:Run, x:Input) -> set[str]: # names of modules
-    names = set()
-    hooks = []
-    for name,module in model.named_modules():
-        hooks.append(module.register_forward_hook(lambda *_, name=name: names.add(name)))
-    try:
-        with torch.no_grad(): run(model, x)
+@torch.no_grad()
+def _calls(model:nn.Module, run:Run, x:Input) -> dict[str, list]: # name of a module -> shape of each output
+    shapes = {}
+    def note(name, module, args, out):
+        shapes.setdefault(name, []).append(out.shape if isinstance(out, Tensor) else None)
+    hooks = [module.register_forward_hook(partial(note, name)) for name,module in model.named_modules()]
+    try: run(model, x)
     finally:
         for hook in hooks: hook.remove()
-    return names
+    return shapes
 
-def _follow(trace:_Trace, model:nn.Module, run:Run, x:Input) -> set[str]: # names of modules that it called
-    called = _called(model, run, x)
-    layers = {name: module for name,module in model.named_modules() if name in called and sides_of(module)}
+def _follow(trace:_Trace, model:nn.Module, run:Run, x:Input, calls:dict[str, list]):
+    layers = {name: module for name,module in model.named_modules() if name in calls and sides_of(module)}
     loose = [(name, module) for name,module in model.named_modules() if name not in layers]
     trace.sources = [_Source(t, _OUTSIDE, 'input') for t in tensors_in(x) if t.requires_grad]
     names = {}
@@ -267,25 +264,32 @@ def _follow(trace:_Trace, model:nn.Module, run:Run, x:Input) -> set[str]: # name
             if p is None: continue
             names[id(p)] = name, key
             trace.sources.append(_Source(p, name, key))
-    for name,layer in layers.items(): vars(layer)['forward'] = partial(trace.cut, name, layer)
+    for name,layer in layers.items():
+        vars(layer)['forward'] = partial(trace.cut, name, layer, iter(calls[name]))
     try:
         with _Functions(trace, names): out = run(model, x)
     finally:
         for layer in layers.values(): del vars(layer)['forward']
     for t in tensors_in(out): trace.read(t.reshape(-1, 1), trace.start(_OUTSIDE, 'output', 1), -1)
-    return called
 
 # %% ../nbs/17_channels.ipynb #ad53e921
 @torch.enable_grad()
 def _traced(model:nn.Module, x:Input, runs:Sequence[Run]) -> _Trace:
-    model = copy_network(model).cpu().double().requires_grad_(True)
+    model = copy_network(model).cpu().requires_grad_(True)
     trace = _Trace()
-    called = set()
     def values(t): # new ones
         return torch.rand_like(t, dtype=torch.double).requires_grad_() if t.is_floating_point() else t
-    for run in runs: called |= _follow(trace, model.eval(), run, map_tensors(values, example_input(x)))
-    if any(sides_of(module) and name not in called for name,module in model.named_modules()):
-        for run in runs: _follow(trace, model.train(), run, map_tensors(values, example_input(x, 2)))
+    def follow(n): # with a batch of n
+        calls = [_calls(model, run, example_input(x, n)) for run in runs]
+        model.double()
+        for run,of_run in zip(runs, calls):
+            _follow(trace, model, run, map_tensors(values, example_input(x, n)), of_run)
+        model.float()
+        return set().union(*calls)
+    model.eval()
+    called = follow(1)
+    model.train()
+    if any(sides_of(module) and name not in called for name,module in model.named_modules()): follow(2)
     return trace
 
 # %% ../nbs/17_channels.ipynb #fac893e1

@@ -33,7 +33,9 @@ def _code_counts(net:nn.Module, members:Sequence[Group]) -> Iterator[tuple]: # v
         return tuple((name, key) for name in around for key,value in vars(net.get_submodule(name)).items()
                      if type(value) is int and value in sizes)
     units = {group.n for group in members}
-    yield from dict.fromkeys([(), equal_to(units), equal_to(units | {part.ids.size for part in parts})])
+    numbers = [(), equal_to(units), equal_to(units | {part.ids.size for part in parts})]
+    if _unit_size(_together(members)) > 1: numbers = numbers[1:] + [()] # as of heads
+    yield from dict.fromkeys(numbers)
 
 def _together(groups:Sequence[Group]) -> Group: # with units of all of them
     if len(groups) == 1: return groups[0]
