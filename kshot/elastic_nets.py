@@ -38,6 +38,16 @@ def _center(k:int, weight:Tensor) -> Tensor: # of a kernel, a view
 # %% ../nbs/21_elastic_nets.ipynb #a3259e5c
 Places = Sequence[tuple[str, Sequence[nn.Module]]] # name of a module, what may stand in its place
 
+class _Layer(NamedTuple):
+    "What of a layer goes with a side's channels; asked once, as supernets lend tensors for a while."
+    n:int # channels
+    tensors:list[tuple[str, int]] # dimension of the channels in each
+    counts:dict[str, int|tuple[int, ...]] # attributes
+
+def _layer(module:nn.Module, side:Side) -> _Layer:
+    counts = {key: getattr(module, key) for key in counts_of(module, side)}
+    return _Layer(n_channels(module, side), tensors_of(module, side), counts)
+
 class Elastic(SupernetOnly, nn.Module):
     "Run a network at the widths, kernels, ops and depth of a path."
     def __init__(self,
@@ -66,8 +76,10 @@ class Elastic(SupernetOnly, nn.Module):
         self.parts = {} # (module, side) -> number of a group, its channels there
         for l,group in enumerate(self.groups):
             for part in group.parts: self.parts.setdefault((part.module, part.side), []).append((l, part.ids))
+        self.layers = {(name, side): _layer(self.get_submodule(name), side) for name,side in self.parts}
         self.narrowings = {} # (module, side, choices of its groups) -> what changes
         self.fixed = {} # name of a layer -> why its width stays
+        self.training = model.training # else its modules would pass for frozen ones
 
     def op_sizes(self,
         path:Path, # choice per block
@@ -84,6 +96,7 @@ class Fixed(nn.Module):
     def __init__(self, model:nn.Module):
         super().__init__()
         self.model = model
+        self.training = model.training
     def forward(self, x:Input, path:Path=()) -> Input: return self.model(x)
 
 # %% ../nbs/21_elastic_nets.ipynb #4c277cf4
@@ -94,7 +107,7 @@ class _Change(NamedTuple):
 
 @patch
 def _kept_at(self:Elastic, name:str, side:Side, path:Path) -> Kept|None: # None: all
-    is_kept = np.ones(n_channels(self.get_submodule(name), side), bool)
+    is_kept = np.ones(self.layers[name, side].n, bool)
     for l,ids in self.parts[name, side]: is_kept[ids[self.units[l][path[l]]:]] = False
     ids = is_kept.nonzero()[0]
     n = len(ids)
@@ -108,12 +121,10 @@ def _unused(self:Elastic, path:Path) -> tuple[str, ...]: # beginnings of the nam
 def _scaled(value:int|tuple[int, ...], n:int, of:int) -> int|tuple[int, ...]:
     return tuple(v*n//of for v in value) if isinstance(value, tuple) else value*n//of
 
-def _narrow(name:str, module:nn.Module, side:Side, kept:Kept) -> _Change:
+def _narrow(name:str, layer:_Layer, kept:Kept) -> _Change:
     n = kept if isinstance(kept, int) else len(kept)
-    total = n_channels(module, side)
-    tensors = [(key, partial(_narrowed, dim, kept)) for key,dim in tensors_of(module, side)]
-    counts = {key: _scaled(getattr(module, key), n, total) for key in counts_of(module, side)}
-    return _Change(name, tensors, counts)
+    tensors = [(key, partial(_narrowed, dim, kept)) for key,dim in layer.tensors]
+    return _Change(name, tensors, {key: _scaled(value, n, layer.n) for key,value in layer.counts.items()})
 
 @patch
 def _narrowing(self:Elastic, name:str, side:Side, path:Path) -> _Change|None: # None: all channels stay
@@ -121,8 +132,7 @@ def _narrowing(self:Elastic, name:str, side:Side, path:Path) -> _Change|None: # 
     if key not in self.narrowings:
         if len(self.narrowings) == 1000: self.narrowings.clear() # channels of many groups may be joined
         kept = self._kept_at(name, side, path)
-        module = self.get_submodule(name)
-        self.narrowings[key] = None if kept is None else _narrow(name, module, side, kept)
+        self.narrowings[key] = None if kept is None else _narrow(name, self.layers[name, side], kept)
     return self.narrowings[key]
 
 def _cropping(name:str, conv:nn.Module, k:int) -> _Change:
