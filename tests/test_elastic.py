@@ -125,18 +125,20 @@ class Net(nn.Module):
         for block in self.blocks: x = block(x)
         return self.head(x.mean((2, 3)))
 
-@pytest.mark.parametrize('K', [1, 2])
-def test_it_trains(K):
+@pytest.mark.parametrize('K, is_training', [(1, True), (2, True), (2, False)])
+def test_it_trains(K, is_training):
     torch.manual_seed(0)
-    net, space = elastic(Net().eval(), (1, 8, 8), widths=(.5, 1.))
+    net, space = elastic(Net().train(is_training), (1, 8, 8), widths=(.5, 1.))
     assert [b.name for b in space.blocks] == ['stem width', 'blocks.0 depth', 'blocks.1 depth']
     learn = kshot_learner(net, space, digits_data(), K=K, lr=.1)
     with learn.showing(False): learn.fit(4, cbs=cosine(.1))
+    assert not learn.model.frozen
     losses = torch.stack(learn.recorder.losses)
     assert losses[-10:].mean() < losses[:10].mean()
     valid, calibration = [*learn.dls.valid], learn.dls.train.fixed(2)
-    for path in (largest(space), smallest(space)): # statistics were lent at other widths before
+    for path in (largest(space), path_of(space, 0, 0), smallest(space)): # statistics were lent before
         with torch.no_grad(): code = learn.model.codes(torch.tensor([path]))[0]
         small = calibrated_subnet(learn.model, path, code, calibration)
         with torch.no_grad(): right = torch.cat([small(x).argmax(1) == y for x,y in valid])
-        assert score_path(learn.model, path, code, valid, calibration).metric == pytest.approx(right.float().mean())
+        scores = score_path(learn.model, path, code, valid, calibration)
+        assert scores.metric == pytest.approx(right.float().mean())

@@ -64,7 +64,7 @@ class Ways:
         self.macs = Cost(self.net, (3, PX, PX)).macs
         self.largest = elastic_ends(self.space)['largest']
         is_width = [block.kind == 'width' for block in self.space.blocks]
-        self.uniform = tuple(0 if narrow else o for narrow,o in zip(is_width, self.largest)) # nothing is skipped
+        self.uniform = tuple(0 if narrow else o for narrow,o in zip(is_width, self.largest)) # all blocks
 
     def train(self, module:nn.Module, epochs:int, lr:float) -> nn.Module:
         retrain(module, self.dls, get_recipe('quick', max(1, epochs), lr, 128), seed=self.seed)
@@ -92,7 +92,8 @@ class Ways:
         torch.manual_seed(self.seed)
         how = dict(sampler='sandwich', distill=True, seed=self.seed)
         learn = kshot_learner(self.net, self.space, self.dls, K=K, **how)
-        with learn.showing(False): learn.fit(self.epochs, cbs=cosine(.02)) # the gradients of four paths add up
+        rate = cosine(.02) # a small one: the gradients of four paths add up
+        with learn.showing(False): learn.fit(self.epochs, cbs=rate)
         valid, calibration = [*self.dls.valid], self.dls.train.fixed(4)
         @torch.no_grad()
         def code(path): return learn.model.codes(torch.tensor([path]))[0]
