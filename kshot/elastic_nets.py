@@ -48,6 +48,7 @@ def _layer(module:nn.Module, side:Side) -> _Layer:
     counts = {key: getattr(module, key) for key in counts_of(module, side)}
     return _Layer(n_channels(module, side), tensors_of(module, side), counts)
 
+# %% ../nbs/21_elastic_nets.ipynb #0bee6167
 class Elastic(SupernetOnly, nn.Module):
     "Run a network at the widths, kernels, ops and depth of a path."
     def __init__(self,
