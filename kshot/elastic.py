@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 import numpy as np
-import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -299,21 +298,6 @@ def elastic(
     net = Elastic(model, groups, units, kernels, places)
     net.fixed = fixed
     return net, Space('elastic', tuple(blocks))
-
-# %% ../nbs/22_elastic.ipynb #a4272348
-@patch
-def summary(self:Elastic,
-    space:Space, # that `elastic` returned with it
-) -> pd.DataFrame: # a row per block, and per layer whose width stays
-    "Return what varies, with the layers that change together, and what does not, with the reason."
-    rows = []
-    for l,block in enumerate(space.blocks):
-        names = {}
-        if l < len(self.groups): names = dict.fromkeys(_shown(part.module) for part in self.groups[l].parts)
-        name, kind = block.name.rsplit(' ', 1)
-        rows.append(dict(name=name, varies=kind, choices=', '.join(block.choices), layers=', '.join(names)))
-    rows += [dict(name=name, fixed=why) for name,why in self.fixed.items()]
-    return pd.DataFrame(rows).fillna('')
 
 # %% ../nbs/22_elastic.ipynb #7ba98094
 def elastic_ends(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 import numpy as np
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .base.inputs import Input
 from .channels import Group, Part, Side, counts_of, n_channels, tensors_of
 from .nets.layers import Skipped, SupernetOnly
 from .networks import copy_network
-from .space import Path
+from .space import Path, Space
 
 # %% ../nbs/21_elastic_nets.ipynb #e230192d
 Kept = int|np.ndarray # the first channels, or which; no tensor, which would move with the network
@@ -225,6 +226,21 @@ def plain(self:Elastic,
         for name,value in counts.items(): setattr(module, name, value)
     for name,module in self.chosen(path): self.set_submodule(name, module)
     return Fixed(self.model)
+
+# %% ../nbs/21_elastic_nets.ipynb #f2365fbc
+@patch
+def summary(self:Elastic,
+    space:Space, # that `elastic` returned with it
+) -> pd.DataFrame: # a row per block, and per layer whose width stays
+    "Return what varies, with the layers that change together, and what does not, with the reason."
+    rows = []
+    for l,block in enumerate(space.blocks):
+        parts = self.groups[l].parts if l < len(self.groups) else ()
+        names = dict.fromkeys(part.module.removeprefix('model.') for part in parts)
+        name, kind = block.name.rsplit(' ', 1)
+        rows.append(dict(name=name, varies=kind, choices=', '.join(block.choices), layers=', '.join(names)))
+    rows += [dict(name=name, fixed=why) for name,why in self.fixed.items()]
+    return pd.DataFrame(rows).fillna('')
 
 # %% ../nbs/21_elastic_nets.ipynb #4182c310
 @patch

@@ -188,7 +188,7 @@ def last_line(capsys, command, *args) -> str:
     (['--folder', '{tmp}/none'], 'does not exist, expected one with train/ and val/'),
     (['--n_valid', 232], 'n_valid=232, expected 1 to 231 of 232 training images'),
     (['--bs', 193], 'batch size 193, expected 1 to 192 for 192 images'),
-    (['--widths', 'a b'], """widths 'a b', expected numbers like "0.2 0.4 0.6 0.8 1.0\""""),
+    (['--widths', 'a b'], "widths 'a b', expected numbers like .2,.4,.6,.8,1"),
     (['--widths', '1 0.5'], 'widths (1.0, 0.5), expected at least two, increasing, above 0 and at most 1'),
     (['--space', 'digits'], "widths for space 'digits', expected none")])
 def test_bad_input_is_one_line_and_writes_nothing(args, message, images, tmp_path, capsys):

@@ -47,7 +47,7 @@ def gains(
     for (space,updates),runs in rows.groupby(['space', 'updates']):
         one = runs[runs.K == 1].set_index('seed')
         eight = runs[(runs.K == 8) & (runs.branch == '0.2')].set_index('seed')
-        if not len(one.index.intersection(eight.index)): continue
+        if len(one.index.intersection(eight.index)) < 2: continue # no interval
         about = dict(label=f'{space.capitalize()}-Bench', updates=updates)
         for metric,column in PANELS.items():
             found.append(about | dict(metric=metric) | paired_gain(eight[column], one[column]))

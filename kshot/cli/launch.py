@@ -69,7 +69,6 @@ def _trained_text(folder:FilePath, result:Mapping) -> str:
 
 @command(options=Settings, n_places=1, needs='cli.work', examples={
     '': 'four supernets of the digits space, in runs/run',
-    'one_shot --K 1 --epochs 10': 'one-shot, a third of the training',
     'net --model torchvision:resnet18 --folder my_images': 'widths and depths of a network, on your images',
     'nb201 --space nb201 --K 8 --bf16': 'NAS-Bench-201, half of CIFAR-10 for validation',
     'four --from one_shot --K 4': 'go on from a one-shot run, with four supernets',
@@ -78,7 +77,7 @@ def train(
     name:str='run',      # name of the run; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
     resume:bool=False,   # resume an interrupted run without repeating its settings
-    model:str|None=None, # network to make the space of, such as torchvision:resnet18 or file.py:function
+    model:str|None=None, # such as torchvision:resnet18 or file.py:function, to make a space of; default: --space
     **config,
 ):
     "Train K-shot supernets; repeat the command to resume after the last complete epoch."
