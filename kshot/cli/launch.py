@@ -77,7 +77,7 @@ def train(
     name:str='run',      # name of the run; its folder is RUNS/NAME
     runs:FilePath=FilePath('runs'), # folder of runs
     resume:bool=False,   # resume an interrupted run without repeating its settings
-    model:str|None=None, # such as torchvision:resnet18 or file.py:function, to make a space of; default: --space
+    model:str|None=None, # network to search, such as torchvision:resnet18 or file.py:f; default: --space
     **config,
 ):
     "Train K-shot supernets; repeat the command to resume after the last complete epoch."
