@@ -217,6 +217,8 @@ def cut(self:_Trace, name:str, module:nn.Module, shapes:Iterator[tuple], x:Tenso
         if not isinstance(module, nn.Embedding): self.read(x, firsts[side], dim)
     return self.make(name, making, next(shapes), dim) # instead of `forward`, whose outputs have these shapes
 
+_DROPOUTS = F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
+
 class _Functions(TorchFunctionMode):
     "Follow what a network's own code does with its parameters."
     def __init__(self, trace:_Trace, names:dict[int, tuple[str, str]]): # id of a parameter -> module, name
@@ -227,18 +229,19 @@ class _Functions(TorchFunctionMode):
         module, name = self.names[id(t)]
         return module, f'{name} {dim}', self.trace.start(module, f'{name} {dim}', t.shape[dim])
 
-    def linear(self, x:Tensor, weight:Tensor, bias:Tensor|None=None) -> Tensor:
-        self.trace.read(x, self.side(weight, 1)[2], -1)
+    def linear(self, input:Tensor, weight:Tensor, bias:Tensor|None=None) -> Tensor: # named as torch's
+        self.trace.read(input, self.side(weight, 1)[2], -1)
         module, side, first = self.side(weight, 0)
         if id(bias) in self.names:
             channels = np.arange(len(weight))
             self.trace.tie(first + channels, self.side(bias, 0)[2] + channels)
-        return self.trace.make(module, side, (*x.shape[:-1], len(weight)), -1)
+        return self.trace.make(module, side, (*input.shape[:-1], len(weight)), -1)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.dropout: return args[0] # it would hide channels
-        if func is F.linear and id(args[1]) in self.names: return self.linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _DROPOUTS: return args[0] if args else kwargs['input'] # they would hide channels
+        is_own = func is F.linear and any(id(t) in self.names for t in (*args[1:2], kwargs.get('weight')))
+        return self.linear(*args, **kwargs) if is_own else func(*args, **kwargs)
 
 # %% ../nbs/17_channels.ipynb #12f73bda
 Run = Callable[[nn.Module, Input], Input] # `run(model, x)`
@@ -281,10 +284,9 @@ def _traced(model:nn.Module, x:Input, runs:Sequence[Run]) -> _Trace:
         return torch.rand_like(t, dtype=torch.double).requires_grad_() if t.is_floating_point() else t
     def follow(n): # with a batch of n
         calls = [_calls(model, run, example_input(x, n)) for run in runs]
-        model.double()
+        precise = copy_network(model).double()
         for run,of_run in zip(runs, calls):
-            _follow(trace, model, run, map_tensors(values, example_input(x, n)), of_run)
-        model.float()
+            _follow(trace, precise, run, map_tensors(values, example_input(x, n)), of_run)
         return set().union(*calls)
     model.eval()
     called = follow(1)

@@ -228,9 +228,12 @@ def _alternatives(model:nn.Module, ops:Named|None) -> dict[str, dict[str, nn.Mod
             raise TypeError(f'ops gave {others!r} for {name!r}, expected a dict of modules')
     return {name: dict(others) for name,others in found.items() if others}
 
-def _runs(net:Elastic) -> list: # ways to run it that use all its ops
-    def at(o): return lambda net, x: net(x, tuple(min(o, n-1) for n in net.choices_per_block))
-    return [at(o) for o in range(max(net.choices_per_block, default=1))]
+def _runs(net:Elastic) -> list: # ways to run it that use all its ops, also those inside of others
+    levels = [*map(len, net.above)]
+    def path(level, o): return tuple(min(o, n-1)*(level == l) for l,n in zip(levels, net.choices_per_block))
+    most = max(net.choices_per_block, default=1)
+    paths = dict.fromkeys(path(level, o) for level in {0, *levels} for o in range(most))
+    return [lambda net, x, path=path: net(x, path) for path in paths]
 
 @torch.no_grad()
 def _check_ops(net:Elastic, x:Input, names:list[list[str]]):
@@ -302,11 +305,11 @@ def elastic(
 # %% ../nbs/22_elastic.ipynb #7ba98094
 def elastic_ends(
     space:Space, # that `elastic` made
-) -> dict[str, Path]: # 'smallest' and 'largest'; empty if there are ops
+) -> dict[str, Path]: # 'smallest' and 'largest'; empty if there are ops, or a rule
     "Return the paths with the fewest and the most channels, and with and without skipped blocks."
     is_width = [block.kind == 'width' for block in space.blocks]
     has_ops = any(block.kind == 'op' and block.choices != ('keep', 'skip') for block in space.blocks)
-    if has_ops: return {}
+    if has_ops or space.is_valid: return {} # a rule may forbid them
     last = [n-1 for n in space.sizes]
     smallest = tuple(0 if is_width else n for is_width,n in zip(is_width, last))
     largest = tuple(n if is_width else 0 for is_width,n in zip(is_width, last))

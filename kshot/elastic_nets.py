@@ -45,6 +45,10 @@ class _Layer(NamedTuple):
     tensors:list[tuple[str, int]] # dimension of the channels in each
     counts:dict[str, int|tuple[int, ...]] # attributes
 
+def _above(places:list[str], i:int) -> list[int]: # which of them leave out the i-th, if they have another op
+    place = places[i]
+    return [j for j,other in enumerate(places) if place.startswith(f'{other}.') or place == other and j > i]
+
 def _layer(module:nn.Module, side:Side) -> _Layer:
     counts = {key: getattr(module, key) for key in counts_of(module, side)}
     return _Layer(n_channels(module, side), tensors_of(module, side), counts)
@@ -66,6 +70,7 @@ class Elastic(SupernetOnly, nn.Module):
         self.kernels = dict(kernels or {})
         self.places = [name for name,_ in places]
         self.others = nn.ModuleList(nn.ModuleList(others) for _,others in places)
+        self.above = [_above(self.places, i) for i in range(len(self.places))]
         sizes = [len(choices) for choices in (*self.units, *self.kernels.values())]
         self.first_place = len(sizes)
         sizes += [1+len(others) for others in self.others]
@@ -118,7 +123,10 @@ def _kept_at(self:Elastic, name:str, side:Side, path:Path) -> Kept|None: # None:
 
 @patch
 def _unused(self:Elastic, path:Path) -> tuple[str, ...]: # beginnings of the names of modules
-    return tuple(f'{name}.' for (l,o),names in self.op_modules.items() if path[l] != o for name in names)
+    unused = [f'{name}.' for (l,o),names in self.op_modules.items() if path[l] != o for name in names]
+    ops = path[self.first_place:]
+    unused += [f'others.{i}.' for i,above in enumerate(self.above) if any(ops[j] for j in above)]
+    return tuple(unused)
 
 def _scaled(value:int|tuple[int, ...], n:int, of:int) -> int|tuple[int, ...]:
     return tuple(v*n//of for v in value) if isinstance(value, tuple) else value*n//of
@@ -167,8 +175,8 @@ def chosen(self:Elastic,
     path:Path, # choice per block
 ) -> Iterator[tuple[str, nn.Module]]: # name of a module, what stands in its place
     "Iterate over the modules that a path puts in the place of others."
-    for name,others,o in zip(self.places, self.others, path[self.first_place:]):
-        if o: yield f'model.{name}', others[o-1]
+    for name,others,above,o in zip(self.places, self.others, self.above, path[self.first_place:]):
+        if o and not any(path[self.first_place+j] for j in above): yield f'model.{name}', others[o-1]
 
 # %% ../nbs/21_elastic_nets.ipynb #b5f583d9
 def _place(module:nn.Module, name:str) -> dict|None: # where a module keeps a tensor
@@ -250,9 +258,8 @@ def modules_at(self:Elastic,
     "Name the modules that a path uses."
     unused = self._unused(path)
     names = {name: name for name,_ in self.named_modules() if not f'{name}.'.startswith(unused)}
-    for place,others,o in zip(self.places, self.others, path[self.first_place:]):
-        if not o: continue
-        chosen = f'others.{self.places.index(place)}.{o-1}'
+    for i,(place,o) in enumerate(zip(self.places, path[self.first_place:])):
+        chosen = f'others.{i}.{o-1}'
         inside = [name for name in names if f'{name}.'.startswith(f'{chosen}.')]
         names |= {name: f'model.{place}' + name.removeprefix(chosen) for name in inside}
     return {name: at for name,at in names.items() if f'{at}.'.startswith('model.')}
@@ -269,6 +276,11 @@ def deciding(self:Elastic,
     return [l for l,names in enumerate(varies) if any(map(is_meant, names))]
 
 # %% ../nbs/21_elastic_nets.ipynb #4e4277fc
+def _is_usual(query:Tensor, key:Tensor, value:Tensor, key_padding_mask:Tensor|None=None,
+              need_weights:bool=True, attn_mask:Tensor|None=None, **_) -> bool: # is it plain self-attention?
+    is_simple = key_padding_mask is None and not need_weights
+    return query is key is value and is_simple and (attn_mask is None or attn_mask.ndim == 2)
+
 class Attention(nn.Module):
     "Self-attention as of `nn.MultiheadAttention`, made of layers that can be narrow."
     def __init__(self,
@@ -285,19 +297,19 @@ class Attention(nn.Module):
         self.out.weight, self.out.bias = given.out_proj.weight, given.out_proj.bias
         self.train(given.training)
 
-    def forward(self, query:Tensor, *_, attn_mask:Tensor|None=None, is_causal:bool=False, **__):
+    def forward(self, query:Tensor, key:Tensor, value:Tensor, key_padding_mask:Tensor|None=None,
+                need_weights:bool=True, attn_mask:Tensor|None=None, average_attn_weights:bool=True,
+                is_causal:bool=False) -> tuple[Tensor, None]: # a mask says what is causal
+        if not _is_usual(query, key, value, key_padding_mask, need_weights, attn_mask):
+            raise ValueError('attention is called in another way than for the example: expected the same')
+        if attn_mask is not None and attn_mask.dtype == torch.bool: # of what is not seen
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, -torch.inf)
         x = query if self.batch_first else query.transpose(0, 1)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal and attn_mask is None)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout)
         x = self.out(x.transpose(1, 2).flatten(2))
         return x if self.batch_first else x.transpose(0, 1), None
-
-def _is_usual(module:nn.MultiheadAttention, args:tuple, kwargs:dict) -> bool: # can `Attention` compute it?
-    is_self = len(args) == 3 and args[0] is args[1] is args[2]
-    is_simple = kwargs.get('need_weights') is False and kwargs.get('key_padding_mask') is None
-    is_whole = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
-    return is_self and is_simple and is_whole
 
 @torch.no_grad()
 def take_apart(
@@ -307,7 +319,8 @@ def take_apart(
     "Put `Attention` in the place of each `nn.MultiheadAttention` that the network calls for self-attention."
     usual = {}
     def see(name, module, args, kwargs):
-        usual[name] = usual.get(name, True) and _is_usual(module, args, kwargs)
+        is_whole = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
+        usual[name] = usual.get(name, True) and is_whole and _is_usual(*args, **kwargs)
     hooks = []
     for name,module in model.named_modules():
         if type(module) is not nn.MultiheadAttention: continue

@@ -142,7 +142,7 @@ def _latency(
     save:FilePath|None=None, # table to write; by default runs/tables/NAME.DEVICE.latency.parquet
 ):
     "Time paths on this machine, to predict the latency of all; repeat the command to resume."
-    from kshot.benchmark import get_benchmark, get_net
+    from kshot.benchmark import get_benchmark, get_net, get_space
     from kshot.latency import measure_latency
     benchmark = get_benchmark(name)
     if px and not benchmark.is_of_images:
@@ -150,8 +150,10 @@ def _latency(
     x = (benchmark.x_shape[0], px, px) if px else benchmark.x_shape
     kind = device.replace(':', '')
     fname = save or FilePath('runs')/'tables'/f'{benchmark.name}.{kind}.latency.parquet'
-    net = get_net(name, channels, n_cells, n_classes)
-    latency = measure_latency(net, benchmark.space, x, device, fname, n_paths, rounds, threads)
+    size = x[-1] if benchmark.is_of_images else 0
+    net = get_net(name, channels, n_cells, n_classes, px=size)
+    space = get_space(name, px=size or 224)
+    latency = measure_latency(net, space, x, device, fname, n_paths, rounds, threads)
     about = {key: latency.about[key] for key in ('machine', 'device', 'threads')}
     result = dict(file=str(fname), **about, **latency.report, noise=latency.noise)
     return result, _latency_text(latency, fname)
