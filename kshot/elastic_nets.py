@@ -49,6 +49,14 @@ def _above(places:list[str], i:int) -> list[int]: # which of them leave out the 
     place = places[i]
     return [j for j,other in enumerate(places) if place.startswith(f'{other}.') or place == other and j > i]
 
+def _op_modules(sizes:list[int], places:list[str]) -> dict[tuple[int, int], list[str]]:
+    names = {(l,o): [] for l,size in enumerate(sizes) for o in range(size)}
+    first = len(sizes) - len(places)
+    for i,place in enumerate(places):
+        names[first+i,0] = [f'model.{place}']
+        for o in range(1, sizes[first+i]): names[first+i,o] = [f'others.{i}.{o-1}']
+    return names
+
 def _layer(module:nn.Module, side:Side) -> _Layer:
     counts = {key: getattr(module, key) for key in counts_of(module, side)}
     return _Layer(n_channels(module, side), tensors_of(module, side), counts)
@@ -75,11 +83,7 @@ class Elastic(SupernetOnly, nn.Module):
         self.first_place = len(sizes)
         sizes += [1+len(others) for others in self.others]
         self.choices_per_block = tuple(sizes)
-        self.op_modules = {(l,o): [] for l,size in enumerate(sizes) for o in range(size)}
-        for i,name in enumerate(self.places):
-            l = self.first_place + i
-            self.op_modules[l,0] = [f'model.{name}']
-            for o in range(1, sizes[l]): self.op_modules[l,o] = [f'others.{i}.{o-1}']
+        self.op_modules = _op_modules(sizes, self.places)
         self.parts = {} # (module, side) -> number of a group, its channels there
         for l,group in enumerate(self.groups):
             for part in group.parts: self.parts.setdefault((part.module, part.side), []).append((l, part.ids))
