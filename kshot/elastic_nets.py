@@ -315,6 +315,7 @@ class Attention(nn.Module):
         x = self.out(x.transpose(1, 2).flatten(2))
         return x if self.batch_first else x.transpose(0, 1), None
 
+# %% ../nbs/21_elastic_nets.ipynb #68f0f46e
 @torch.no_grad()
 def take_apart(
     model:nn.Module, # changed in place
