@@ -122,6 +122,15 @@ def test_search_retrain_and_export(folder):
     assert count_macs(subnet, (3, PX, PX)) == about['macs'] == found['macs']
     torch.testing.assert_close(exported.module()(x), subnet(x))
 
+def test_latency(folder):
+    size = '--px', str(PX), '--n_classes', '3', '--threads', '1'
+    paths = '--n_paths', '8', '--rounds', '2', '--widths', '.5,1'
+    timed = result('tables', folder, 'latency', 'net.py:make', *size, *paths)
+    fname = str(folder/timed['file'])
+    result('train', folder, 'timed', *MODEL)
+    limit = '--max_latency_ms', str(1000*timed['reference_ms']), '--device', fname
+    assert result('search', folder, 'timed', '--n_paths', '2', *limit)['latency_ms'] > 0
+
 def test_there_is_no_table_to_rank_against(folder):
     code, _, err = call('rank', folder, 'run')
     assert code == 2 and 'expected --table FILE, or --gaps' in err

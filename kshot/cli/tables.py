@@ -135,6 +135,8 @@ def _latency(
     channels:int=0,      # of the network's stem; with 0 as in the benchmark
     n_cells:int=0,       # of a network of cells; with 0 as in the benchmark
     px:int=0,            # pixels a side; with 0 as in the benchmark
+    widths:str|None=None, # relative widths to choose from, as in .5,.75,1; by default as kshot train
+    depth:bool=True,     # let paths skip blocks, of a network by name
     n_classes:int=10,    # classes
     n_paths:int=200,     # paths to time; a quarter of them is held out
     rounds:int=4,        # visits of each path; held-out ones have twice as many
@@ -142,7 +144,8 @@ def _latency(
     save:FilePath|None=None, # table to write; by default runs/tables/NAME.DEVICE.latency.parquet
 ):
     "Time paths on this machine, to predict the latency of all; repeat the command to resume."
-    from kshot.benchmark import get_benchmark, get_net, get_space
+    from kshot.benchmark import get_benchmark, get_net
+    from kshot.config import Config, net_args, space_of
     from kshot.latency import measure_latency
     benchmark = get_benchmark(name)
     if px and not benchmark.is_of_images:
@@ -151,9 +154,10 @@ def _latency(
     kind = device.replace(':', '')
     fname = save or FilePath('runs')/'tables'/f'{benchmark.name}.{kind}.latency.parquet'
     size = x[-1] if benchmark.is_of_images else 0
-    net = get_net(name, channels, n_cells, n_classes, px=size)
-    space = get_space(name, px=size or 224)
-    latency = measure_latency(net, space, x, device, fname, n_paths, rounds, threads)
+    sizes = dict(channels=channels or None, n_cells=n_cells or None, px=size or None)
+    config = Config(space=name, widths=widths, depth=depth, **sizes)
+    net = get_net(**net_args(config) | dict(n_classes=n_classes, px=size))
+    latency = measure_latency(net, space_of(config), x, device, fname, n_paths, rounds, threads)
     about = {key: latency.about[key] for key in ('machine', 'device', 'threads')}
     result = dict(file=str(fname), **about, **latency.report, noise=latency.noise)
     return result, _latency_text(latency, fname)
