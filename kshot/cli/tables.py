@@ -125,6 +125,7 @@ def _latency_text(latency, fname:FilePath) -> str:
              f'use it: kshot search NAME --max_latency_ms {latency.reference_ms:.3g} --device {fname}']
     return '\n'.join(filter(None, lines))
 
+# %% ../../nbs/cli/25_tables.ipynb #0b0a8287
 @command(of='tables', n_places=1, alone=True, needs='latency', examples={
     'macro': 'NAS-Bench-Macro in full size, on the CPU',
     'macro --channels 8 --px 16 --threads 1': 'a smaller one, by one thread',
