@@ -90,10 +90,12 @@ class _Trial:
         net:Elastic, # in evaluation mode, with its places
         x:Input,     # a batch
         widths:Sequence[float],
+        divisor:int, # of channels
     ):
         self.net = net
         self.x = x
         self.widths = widths
+        self.divisor = divisor
         self.names = _in_a_row(net.model)
         self.failures = {} # name of a group -> why
         with torch.no_grad(), _comparing(net.model, self.names) as keeps:
@@ -102,7 +104,9 @@ class _Trial:
 
     def units(self, group:Group) -> tuple[int, ...]: # choices
         is_single = _unit_size(group) == 1
-        def n(width): return round_channels(group.n, width) if is_single else max(1, round(width*group.n))
+        def n(width):
+            if is_single: return round_channels(group.n, width, self.divisor)
+            return max(1, round(width*group.n))
         return tuple(sorted(set(map(n, self.widths))))
 
     def elastic(self, groups:Sequence[Group]) -> Elastic:
@@ -255,12 +259,13 @@ def _width_block(group:Group, units:tuple[int, ...]) -> Block:
     m = _unit_size(group)
     return Block(f'{_shown(group.name)} width', tuple(str(n*m) for n in units), 'width')
 
-def _try(net:Elastic, x:Input, widths:Sequence[float], ops:dict[str, dict], may:Callable[[str], bool]):
+def _try(net:Elastic, x:Input, widths:Sequence[float], ops:dict[str, dict], divisor:int,
+         may:Callable[[str], bool]):
     tried = copy_network(net).cpu().eval()
     _check_ops(tried, x, [[*found] for found in ops.values()])
     groups, fixed = channel_groups(tried, x, _runs(tried))
     def may_vary(group): return all(may(part.module) for part in group.parts if part.side == 'out')
-    trial = _Trial(tried, x, widths)
+    trial = _Trial(tried, x, widths, divisor)
     groups = trial.find([*filter(may_vary, groups)])
     return trial, groups, {_shown(name): why for name,why in (fixed | trial.failures).items()}
 
@@ -273,11 +278,13 @@ def elastic(
     kernel:bool=True, # may kernels be smaller?
     ops:Named|None=None,  # what may stand in the place of a module: a dict of new modules, or None
     vary:Named|None=None, # may this module vary? None: all
+    divisor:int=8, # of numbers of channels, where the network's own have it
     order:Callable[[nn.Module, Group], np.ndarray]|None=by_l1, # importance of units; None: as they are
 ) -> tuple[Elastic, Space]: # the network of paths, and its space
     "Make a search space of a network; `ValueError` if nothing of it can vary."
     if not widths or max(widths) != 1 or min(widths) <= 0:
         raise ValueError(f'widths {widths}, expected shares above 0, the largest 1')
+    if divisor < 1: raise ValueError(f'divisor {divisor}, expected 1 or more')
     x = example_input(x)
     model = copy_network(model)
     take_apart(model, x)
@@ -285,7 +292,7 @@ def elastic(
     net = Elastic(model, places=[(name, [*found.values()]) for name,found in others.items()])
     def may(name): # 'model.', then its name
         return vary is None or not name.startswith('model.') or vary(_shown(name), net.get_submodule(name))
-    trial, groups, fixed = _try(net, x, widths, others, may)
+    trial, groups, fixed = _try(net, x, widths, others, divisor, may)
     for group in groups if order is not None else (): _sort(net, group, order(net, group))
     modules = [(name, module) for name,module in model.named_modules() if name and may(f'model.{name}')]
     sizes = {name: _kernel_sizes(module) for name,module in modules}

@@ -253,7 +253,8 @@ class SlicedMiddle(SlicedLayers):
 def round_channels(
     channels:int, # of the full middle
     width:float,  # share of them, 0-1
+    divisor:int=8, # of the channels, or the largest that the full middle has
 ) -> int:         # 1 to `channels`
     "Return how many channels a middle has at a relative width."
-    unit = math.gcd(channels, 8)
+    unit = math.gcd(channels, divisor)
     return unit*max(1, int(width*channels/unit + .5))
