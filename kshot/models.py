@@ -146,16 +146,21 @@ def make_model(
     raise ValueError(f'model {spelling!r} returns {type(model).__name__}, expected a torch.nn.Module')
 
 # %% ../nbs/23_models.ipynb #f81bfcd5
-def _default_weights(spelling:str) -> dict[str, Tensor]: # downloaded
-    library, _, name = spelling.partition(':')
-    if library == 'torchvision':
-        from torchvision import models
-        return models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+def _download(library:str, name:str) -> dict[str, Tensor]:
     if library == 'timm':
         import timm
         return timm.create_model(name, pretrained=True).state_dict()
-    expected = 'a file: only torchvision and timm have some'
-    raise ValueError(f"weights 'DEFAULT' for model {spelling!r}, expected {expected}")
+    from torchvision import models
+    return models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+
+def _default_weights(spelling:str) -> dict[str, Tensor]:
+    library, _, name = spelling.partition(':')
+    given = f"weights 'DEFAULT' for model {spelling!r}"
+    if library not in _LIBRARIES:
+        raise ValueError(f'{given}, expected a file: only torchvision and timm have some')
+    try: return _download(library, name)
+    except Exception as e:
+        raise ValueError(f'{given} cannot be downloaded ({_one_line(e)}), expected a network, or a file') from e
 
 def _read_weights(fname:str) -> dict[str, Tensor]:
     try:
