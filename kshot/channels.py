@@ -215,7 +215,10 @@ def cut(self:_Trace, name:str, module:nn.Module, shapes:Iterator[tuple], x:Tenso
     *reading, making = firsts # 'both' is read and made
     for side in reading or [making]:
         if not isinstance(module, nn.Embedding): self.read(x, firsts[side], dim)
-    return self.make(name, making, next(shapes), dim) # instead of `forward`, whose outputs have these shapes
+    shape = next(shapes, None) # of `forward`, in whose place this is
+    if shape is None:
+        raise RuntimeError(f'layer {name!r} runs again in the backward pass, as torch.utils.checkpoint has it')
+    return self.make(name, making, shape, dim)
 
 _DROPOUTS = F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
 
