@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Found', 'find_path', 'Benchmark', 'Block', 'Chain', 'Cost', 'SimplexNet', 'Space', 'Supernet', 'calibrated_subnet',
-           'cosine', 'digits_data', 'gaps', 'get_benchmark', 'get_data', 'get_net', 'get_space', 'get_truth', 'held',
-           'kshot_learner', 'measure_latency', 'rank_scores', 'register', 'score_path', 'score_paths', 'search',
+           'cosine', 'digits_data', 'elastic', 'gaps', 'get_benchmark', 'get_data', 'get_net', 'get_space', 'get_truth',
+           'held', 'kshot_learner', 'measure_latency', 'rank_scores', 'register', 'score_path', 'score_paths', 'search',
            'train_alone', 'training_batches']
 
 # %% ../nbs/90_api.ipynb #90a00005
@@ -18,13 +18,14 @@ from .base.options import check_option
 from .benchmark import Benchmark, get_benchmark, get_net, get_space, register
 from .cost import Cost
 from .data import DataLoaders, digits_data, get_data, held
+from .elastic import elastic
 from .evaluate import calibrated_subnet, score_path, score_paths
 from .finetune import training_batches
 from .gaps import gaps
 from .latency import measure_latency
 from .networks import Chain
 from .rank import rank_scores
-from .search import search
+from .search import make_search, search
 from .settings import Algorithm
 from .simplex import SimplexNet
 from .space import Block, Path, Space
@@ -34,8 +35,8 @@ from .train import KShotLearner, cosine, kshot_learner, train_alone
 
 # %% ../nbs/90_api.ipynb #90a00006
 _all_ = ['Benchmark', 'Block', 'Chain', 'Cost', 'SimplexNet', 'Space', 'Supernet',
-         'calibrated_subnet', 'cosine', 'digits_data', 'gaps', 'get_benchmark', 'get_data', 'get_net',
-         'get_space', 'get_truth', 'held', 'kshot_learner', 'measure_latency', 'rank_scores', 'register',
+         'calibrated_subnet', 'cosine', 'digits_data', 'elastic', 'gaps', 'get_benchmark', 'get_data',
+         'get_net', 'get_space', 'get_truth', 'held', 'kshot_learner', 'measure_latency', 'rank_scores', 'register',
          'score_path', 'score_paths', 'search', 'train_alone', 'training_batches']
 
 # %% ../nbs/90_api.ipynb #90a00008
@@ -67,6 +68,8 @@ def find_path(
     lr:float=.05,      # largest learning rate
     n_paths:int=200,   # paths to try
     algorithm:Algorithm='tpe', # how to choose the next path
+    costs:dict|None=None, # name -> `cost(path)`, a number, such as `dict(macs=Cost(net, x).macs)`
+    budgets:dict|None=None, # name of a cost -> the most allowed
     truth:pd.DataFrame|None=None, # index path, a column of accuracies per seed, as `kshot.tables.get_truth`
     loss_func:Callable|None=None, # `loss_func(out, y)`, a mean; None: cross-entropy
     metric:Any=None,   # `metric(out, y)`, of which more is better; None: accuracy
@@ -76,6 +79,7 @@ def find_path(
 ) -> Found:
     "Train supernets, search them for their best path, and rank their paths if there is a truth."
     _check_request(space, dls, n_paths, algorithm, truth) # before a long training
+    to_search = make_search(space, costs=costs, budgets=budgets)
     usual = dict(seed=seed, lr=lr, loss_func=loss_func, metrics=metric)
     learn = kshot_learner(net, space, dls, K, **usual | kwargs)
     with learn.showing(progress): learn.fit(epochs, cbs=cosine(lr))
@@ -86,7 +90,7 @@ def find_path(
     def score(path):
         with torch.no_grad(): code, = codes([path])
         return -score_path(learn.model, path, code, valid, calibration, **own).loss
-    scores = search(space, score, n_paths, algorithm, seed, progress)
+    scores = to_search.run(score, n_paths, algorithm, seed, progress)
     ranking = None
     if truth is not None:
         known = [space.parse(path) for path in truth.index]
