@@ -160,7 +160,7 @@ def _default_weights(spelling:str) -> dict[str, Tensor]:
         raise ValueError(f'{given}, expected a file: only torchvision and timm have some')
     try: return _download(library, name)
     except Exception as e:
-        raise ValueError(f'{given} cannot be downloaded ({_one_line(e)}), expected a network, or a file') from e
+        raise ValueError(f'{given} cannot be had ({_one_line(e)}), expected a file') from e
 
 def _read_weights(fname:str) -> dict[str, Tensor]:
     try:
