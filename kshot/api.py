@@ -35,9 +35,10 @@ from .train import KShotLearner, cosine, kshot_learner, train_alone
 
 # %% ../nbs/90_api.ipynb #90a00006
 _all_ = ['Benchmark', 'Block', 'Chain', 'Cost', 'SimplexNet', 'Space', 'Supernet',
-         'calibrated_subnet', 'cosine', 'digits_data', 'elastic', 'gaps', 'get_benchmark', 'get_data',
-         'get_net', 'get_space', 'get_truth', 'held', 'kshot_learner', 'measure_latency', 'rank_scores', 'register',
-         'score_path', 'score_paths', 'search', 'train_alone', 'training_batches']
+         'calibrated_subnet', 'cosine', 'digits_data', 'elastic', 'gaps', 'get_benchmark',
+         'get_data', 'get_net', 'get_space', 'get_truth', 'held', 'kshot_learner',
+         'measure_latency', 'rank_scores', 'register', 'score_path', 'score_paths', 'search',
+         'train_alone', 'training_batches']
 
 # %% ../nbs/90_api.ipynb #90a00008
 class Found(NamedTuple):
