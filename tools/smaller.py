@@ -11,7 +11,7 @@ end, at two learning rates, of which the one with the better validation accuracy
   MACs of the uniform one
 - K=1 alone, K=4 alone: the same paths, cut from the given network as `uniform` is and trained alone
 - autonas: NVIDIA's Model Optimizer with the same shares of channels; tools/elastic.py says how to
-  install it, and without it this way is left out
+  install it, torchprofile==0.0.4 comes on top, and without it this way is left out
 """
 import argparse
 import json
@@ -150,7 +150,8 @@ def main():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--out', type=Path, default=OUT)
     args = parser.parse_args()
-    settings = dict(n_train=args.n_train, epochs=args.epochs, n_scored=args.n_scored, px=PX)
+    settings = dict(n_train=args.n_train, epochs=args.epochs, n_scored=args.n_scored,
+                    px=PX, widths=[*WIDTHS])
     kept = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows = kept.get('rows', []) if kept.get('settings') == settings else []
     for seed in args.seeds:
