@@ -30,7 +30,7 @@ def test_classifier(monkeypatch):
 
 def test_segmentation():
     page = run('smaller_segmentation.ipynb', 'n_train, epochs, n_scored = 3000, 6, 60',
-               'n_train, epochs, n_scored = 200, 2, 6')
+               'n_train, epochs, n_scored = 300, 2, 6')
     table = pd.DataFrame(page['rows']).T
     assert table.MACs.idxmin() == 'smallest' and table.MACs.idxmax() == 'largest'
     assert table.MACs.found <= page['budget']
