@@ -217,7 +217,8 @@ def cut(self:_Trace, name:str, module:nn.Module, shapes:Iterator[tuple], x:Tenso
         if not isinstance(module, nn.Embedding): self.read(x, firsts[side], dim)
     shape = next(shapes, None) # of `forward`, in whose place this is
     if shape is None:
-        raise RuntimeError(f'layer {name!r} runs again in the backward pass (torch.utils.checkpoint)')
+        why = 'its calls depend on values, or on torch.utils.checkpoint'
+        raise RuntimeError(f'layer {name!r} runs more often than before: {why}')
     return self.make(name, making, shape, dim)
 
 _DROPOUTS = F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout

@@ -278,7 +278,7 @@ def elastic(
     kernel:bool=True, # may kernels be smaller?
     ops:Named|None=None,  # what may stand in the place of a module: a dict of new modules, or None
     vary:Named|None=None, # may this module vary? None: all
-    divisor:int=8, # of numbers of channels, where the network's own have it
+    divisor:int=8, # widths in channels are multiples of gcd(divisor, full width)
     order:Callable[[nn.Module, Group], np.ndarray]|None=by_l1, # importance of units; None: as they are
 ) -> tuple[Elastic, Space]: # the network of paths, and its space
     "Make a search space of a network; `ValueError` if nothing of it can vary."

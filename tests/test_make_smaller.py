@@ -1,6 +1,7 @@
 "The pages that make a model smaller, run in small: their cells with few images, epochs and paths"
 import json
 import os
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,12 @@ def run(name:str, sizes:str, small:str) -> dict: # what the page defines
     for source in sources: exec(compile(source.replace(sizes, small), name, 'exec'), page)
     return page
 
+def shown_code(name:str) -> str: # of a page's text
+    cells = json.loads((PAGES/name).read_text(encoding='utf-8'))['cells']
+    texts = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown']
+    code, = re.findall(r'^```python\n(.*?)^```', '\n'.join(texts), re.M|re.S)
+    return code
+
 def test_classifier(monkeypatch):
     if not (DATA/'cifar10_part0.npz').exists(): pytest.skip(f'needs CIFAR-10 in {DATA}')
     monkeypatch.setenv('KSHOT_DATA', str(DATA))
@@ -27,6 +34,10 @@ def test_classifier(monkeypatch):
     assert [*table.index] == ['full', 'uniform', 'found']
     assert page['latency'](page['paths']['found']) <= page['budget']
     assert table.loc['found', 'MACs'] == page['macs'].macs(page['paths']['found']) < table.loc['full', 'MACs']
+    exec(shown_code('make_smaller.ipynb'), page)
+    assert page['latency'](page['found'].path) <= page['budget']
+    x, _ = next(iter(page['dls'].valid))
+    assert page['found'].net(x).shape == (len(x), 10)
 
 def test_segmentation():
     page = run('smaller_segmentation.ipynb', 'n_train, epochs, n_scored = 3000, 6, 60',

@@ -1,7 +1,7 @@
 """What K supernets gain over one: rows of results/k_pays.json.
 
     python tools/k_pays.py digits --epochs 120 --seed 0 1 2 # 24,000 updates, minutes a row
-    python tools/k_pays.py views --epochs 25 --lr .025 .1 --K 1 --branch ''
+    python tools/k_pays.py views --epochs 25 --K 8 --branch '' # K supernets from the first update
 
 A row is a run whose paths are all scored and compared with the space's table. Rows that are there are not
 measured again; several processes may add rows at once.
@@ -22,8 +22,9 @@ from kshot.runs import ensure_trained, score_run
 from kshot.studies.study import ranking
 from kshot.tables import get_truth
 
-OUT = Path(__file__).parent.parent/'results'/'k_pays.json'
-RUNS = Path('runs')/'k_pays' # what is trained there is not trained again
+ROOT = Path(__file__).parent.parent
+OUT = ROOT/'results'/'k_pays.json'
+RUNS = ROOT/'runs'/'k_pays' # what is trained there is not trained again
 NAMES = dict(acc='acc_super', tau_acc='tau', tau_loss='tau_loss', tau_sigmoid='tau_sigmoid',
              tau_margin='tau_margin', top_tau_loss='top_tau_loss', regret_loss='regret_n_loss',
              search_loss='search_mean_loss')

@@ -26,10 +26,9 @@ os.environ |= dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kshot.base.files import write_json
-from kshot.cost import Cost
+from kshot.cost import Cost, count_macs
 from kshot.data import image_data
 from kshot.elastic import elastic, elastic_ends
 from kshot.evaluate import calibrated_subnet, score_path
@@ -63,11 +62,6 @@ def resnet() -> nn.Module:
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
     return nn.Sequential(stem, nn.Sequential(*blocks), *head)
 
-@torch.no_grad()
-def macs(module:nn.Module) -> int: # of one image
-    with FlopCounterMode(display=False) as counter: module.eval()(torch.zeros(1, 3, PX, PX))
-    return counter.get_total_flops()//2
-
 class Ways:
     "The ways to make one trained network smaller."
     def __init__(self, seed:int, n_train:int, epochs:int, n_scored:int):
@@ -96,9 +90,9 @@ class Ways:
         before = self.accuracy(small)
         tries = [self.train(deepcopy(small), self.epochs//2, lr) for lr in (.02, .1)]
         after = self.accuracy(max(tries, key=partial(self.accuracy, split=1)))
-        share = round(macs(small)/macs(self.model), 3)
+        small_macs, given_macs = (count_macs(net, (3, PX, PX)) for net in (small, self.model))
         about |= dict(before=before, after=after, cpu_s=round(process_time()-start, 1))
-        return dict(name=name, seed=self.seed, share_macs=share, **about)
+        return dict(name=name, seed=self.seed, share_macs=round(small_macs/given_macs, 3), **about)
 
     def alone(self, name:str, path:tuple[int, ...]) -> dict:
         start = process_time()

@@ -253,7 +253,7 @@ class SlicedMiddle(SlicedLayers):
 def round_channels(
     channels:int, # of the full middle
     width:float,  # share of them, 0-1
-    divisor:int=8, # of the channels, or the largest that the full middle has
+    divisor:int=8, # the result is a multiple of gcd(channels, divisor)
 ) -> int:         # 1 to `channels`
     "Return how many channels a middle has at a relative width."
     unit = math.gcd(channels, divisor)
